@@ -1,0 +1,60 @@
+"""What one step sees: rows of packed preference pairs, as arrays.
+
+Array names end in their axes. The letters mean the same everywhere in the package:
+
+    N  pairs in the data set          B  pairs or sequences, unpacked
+    P  pairs in a round's pool        D  width of the model
+    R  rows of a batch                V  size of the vocabulary
+    T  tokens in a row                K  strata, or a count named where it is used
+    S  pair slots in a row            2  sides of a pair: 0 chosen, 1 rejected
+
+Both sides of a pair lie in one row, so a sequence's log-probability is a sum inside that row and
+never crosses a device boundary. A padded batch is the case S = 1; a supervised example is a pair
+whose rejected side has no tokens.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+CHOSEN, REJECTED = 0, 1
+
+
+class PackedBatch(NamedTuple):
+    """Rows of packed pairs; every leaf has the row axis first, so one sharding rule serves all."""
+
+    tokens_RT: jax.Array  # int32, token ids; 0 where there is padding
+    position_RT: jax.Array  # int32, position inside the sequence, restarts at 0 for each
+    segment_RT: jax.Array  # int32, 0 = padding, 1 + 2 * slot + side otherwise
+    completion_RT: jax.Array  # bool, true at tokens whose log-probability counts
+    pair_RS: jax.Array  # int32, index of the pair in the data set, -1 = empty slot
+    ref_logps_RS2: jax.Array  # float32, reference log-probabilities in nats, summed over tokens
+    weight_RS: jax.Array  # float32, weight of the pair in the loss, 0 for empty slots
+
+
+def segment_id(slot: int, side: int) -> int:
+    """The id that marks the tokens of one side of the pair in a slot of its row."""
+    return 1 + 2 * slot + side
+
+
+def empty(rows: int, length: int, slots: int) -> PackedBatch:
+    """A batch of `rows` empty rows of `length` tokens and `slots` pair slots, as numpy arrays.
+
+    Empty rows fill up the last batch of a pass: they carry weight 0 and pair -1, and add exactly 0
+    to every sum.
+
+    >>> empty(2, 8, 1).pair_RS.tolist()
+    [[-1], [-1]]
+    """
+    return PackedBatch(
+        tokens_RT=np.zeros((rows, length), np.int32),
+        position_RT=np.zeros((rows, length), np.int32),
+        segment_RT=np.zeros((rows, length), np.int32),
+        completion_RT=np.zeros((rows, length), bool),
+        pair_RS=np.full((rows, slots), -1, np.int32),
+        ref_logps_RS2=np.zeros((rows, slots, 2), np.float32),
+        weight_RS=np.zeros((rows, slots), np.float32),
+    )

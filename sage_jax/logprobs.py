@@ -1,0 +1,235 @@
+"""Log-probabilities of packed completions, without ever holding logits for a whole row.
+
+The vocabulary matmul runs over chunks of tokens. A chunk's logits live only inside the chunk: the
+backward pass computes them again. Everything a step wants to know about a token (log-probability,
+entropy, argmax hit, mean logit) comes from that one matmul.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sage_jax import batch as batches
+
+Array = jax.Array
+LogpsFn = Callable[[Any, Any, batches.PackedBatch], "SequenceStats"]
+
+
+class SequenceStats(NamedTuple):
+    """Sums over the completion tokens of each sequence: float32, [..., 2], last axis the side."""
+
+    logps: Array  # log-probability of the completion, nats
+    tokens: Array  # completion tokens counted
+    spread: Array  # sum of (x_t - mean x)^2, nats^2, with x_t a token's log-probability
+    entropy: Array  # sum of the predictive entropies, nats
+    mean_logit: Array  # sum of the vocabulary-mean logits
+    hits: Array  # number of tokens that are the argmax
+    logit_norm: Array  # sum of ||onehot(y) - softmax||^2, 0 unless asked for
+
+
+class TokenStats(NamedTuple):
+    """The same quantities of single tokens: float32 [R, T], index t speaks of token t + 1."""
+
+    logp_RT: Array
+    entropy_RT: Array
+    mean_logit_RT: Array
+    hit_RT: Array
+    logit_norm_RT: Array
+
+
+def chunk_length(rows: int, length: int, vocabulary: int, budget_bytes: int = 2**26) -> int:
+    """Tokens of each row that one chunk holds, so that its float32 logits fit the budget.
+
+    Chunks cut the token axis only: the row axis stays sharded as it is.
+
+    Args:
+        rows: rows of the batch on one device.
+        length: tokens in a row.
+        vocabulary: size of the vocabulary.
+        budget_bytes: size of one [rows, chunk, vocabulary] float32 array.
+
+    Returns:
+        A chunk length between 1 and `length`, chunks as equal as possible.
+
+    >>> chunk_length(4, 1024, 49152), chunk_length(4, 128, 32)
+    (79, 128)
+    """
+    most = max(1, budget_bytes // (4 * rows * vocabulary))
+    return math.ceil(length / math.ceil(length / most))
+
+
+def _stats_of_chunk(hidden: Array, head_DV: Array, targets: Array, logit_norm: bool) -> TokenStats:
+    # float32 accumulation whatever the dtype of the matmul's inputs.
+    logits = jnp.einsum("rtd,dv->rtv", hidden, head_DV, preferred_element_type=jnp.float32)
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    target_logit = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    logp = target_logit - lse
+
+    seen = jax.lax.stop_gradient(logits)  # what follows is reported, never differentiated
+    prob = jnp.exp(seen - jax.lax.stop_gradient(lse)[..., None])
+    entropy = jax.lax.stop_gradient(lse) - jnp.sum(prob * seen, axis=-1)
+    hit = (seen.max(axis=-1) <= jax.lax.stop_gradient(target_logit)).astype(jnp.float32)
+    norm = jnp.zeros_like(lse)
+    if logit_norm:  # ||e_y - p||^2 = 1 - 2 p_y + sum p^2
+        norm = 1.0 - 2.0 * jnp.exp(jax.lax.stop_gradient(logp)) + jnp.sum(prob * prob, axis=-1)
+    return TokenStats(logp, entropy, seen.mean(axis=-1), hit, jax.lax.stop_gradient(norm))
+
+
+def token_stats(
+    hidden_RTD: Array,
+    head_DV: Array,
+    targets_RT: Array,
+    *,
+    chunk: int | None = None,
+    logit_norm: bool = False,
+) -> TokenStats:
+    """Statistics of each target token under the model's next-token distribution.
+
+    Args:
+        hidden_RTD: final hidden states, float32 or bfloat16.
+        head_DV: the output projection, same dtype as the hidden states.
+        targets_RT: int32, the token that position t is to predict.
+        chunk: tokens of each row per chunk; None chooses by `chunk_length`.
+        logit_norm: also compute the squared norm of the logit-space gradient.
+
+    Returns:
+        TokenStats, float32 [R, T]. Only `logp_RT` carries a gradient.
+
+    >>> hidden = jnp.ones((1, 4, 2)); head = jnp.zeros((2, 8))
+    >>> stats = token_stats(hidden, head, jnp.zeros((1, 4), jnp.int32), chunk=2)
+    >>> bool(jnp.allclose(stats.logp_RT, -jnp.log(8.0)))
+    True
+    """
+    rows, length, width = hidden_RTD.shape
+    chunk = chunk or chunk_length(rows, length, head_DV.shape[-1])
+    count = math.ceil(length / chunk)
+    if count == 1:
+        return _stats_of_chunk(hidden_RTD, head_DV, targets_RT, logit_norm)
+
+    fill = count * chunk - length
+    hidden = jnp.pad(hidden_RTD, ((0, 0), (0, fill), (0, 0)))
+    hidden = jnp.moveaxis(hidden.reshape(rows, count, chunk, width), 1, 0)
+    targets = jnp.pad(targets_RT, ((0, 0), (0, fill)))
+    targets = jnp.moveaxis(targets.reshape(rows, count, chunk), 1, 0)
+
+    @jax.checkpoint  # without it, the scan would keep every chunk's logits for the backward pass
+    def one(part):
+        return _stats_of_chunk(part[0], head_DV, part[1], logit_norm)
+
+    stacked = jax.lax.map(one, (hidden, targets))
+    return jax.tree.map(
+        lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, count * chunk)[:, :length], stacked
+    )
+
+
+def targets(batch: batches.PackedBatch) -> tuple[Array, Array, Array]:
+    """Next-token targets of packed rows.
+
+    Args:
+        batch: packed rows.
+
+    Returns:
+        targets_RT int32, the next token; segment_RT int32, the segment it belongs to, 0 where it
+        does not count (prompt, padding, another sequence, end of the row); mask_RT float32, 1
+        where it counts.
+
+    >>> rows = batches.empty(1, 4, 1)
+    >>> rows = rows._replace(tokens_RT=jnp.array([[5, 6, 7, 0]]), segment_RT=jnp.array([[1, 1, 1, 0]]),
+    ...                      completion_RT=jnp.array([[False, True, True, False]]))
+    >>> targets(rows)[2].tolist()
+    [[1.0, 1.0, 0.0, 0.0]]
+    """
+    following = [jnp.roll(jnp.asarray(x), -1, axis=1) for x in (batch.tokens_RT, batch.segment_RT)]
+    counted = jnp.roll(jnp.asarray(batch.completion_RT), -1, axis=1)
+    same = (following[1] == batch.segment_RT) & (following[1] > 0)
+    last = jnp.arange(same.shape[1]) == same.shape[1] - 1
+    mask = counted & same & ~last
+    return following[0], jnp.where(mask, following[1], 0), mask.astype(jnp.float32)
+
+
+def _segment_sums(values_RT: Array, segment_RT: Array, slots: int) -> Array:
+    """[R, 2S + 1] sums by segment; column 0 collects what does not count."""
+
+    def one(values, segments):
+        return jax.ops.segment_sum(values, segments, num_segments=2 * slots + 1)
+
+    return jax.vmap(one)(values_RT, segment_RT)
+
+
+def sequence_stats(tokens: TokenStats, segment_RT: Array, mask_RT: Array, slots: int):
+    """Sums token statistics over the completions of packed rows.
+
+    Args:
+        tokens: float32 [R, T] statistics.
+        segment_RT: int32 segments of the targets, 0 = not counted (from `targets`).
+        mask_RT: float32, 1 where the target counts.
+        slots: pair slots in a row, S.
+
+    Returns:
+        SequenceStats, float32 [R, S, 2]; exactly 0 for empty slots. Only `logps` has a gradient.
+    """
+    rows = segment_RT.shape[0]
+
+    def per_pair(sums):
+        return sums[:, 1:].reshape(rows, slots, 2)
+
+    def total(values_RT):
+        return _segment_sums(jnp.where(mask_RT > 0, values_RT, 0.0), segment_RT, slots)
+
+    count = total(mask_RT)
+    logps = total(tokens.logp_RT)
+    mean = jax.lax.stop_gradient(logps) / jnp.maximum(count, 1.0)
+    # Two passes: the one-pass form E[x^2] - E[x]^2 cancels badly for long confident completions.
+    deviation = jax.lax.stop_gradient(tokens.logp_RT) - jnp.take_along_axis(mean, segment_RT, 1)
+    return SequenceStats(
+        logps=per_pair(logps),
+        tokens=per_pair(count),
+        spread=per_pair(total(deviation**2)),
+        entropy=per_pair(total(tokens.entropy_RT)),
+        mean_logit=per_pair(total(tokens.mean_logit_RT)),
+        hits=per_pair(total(tokens.hit_RT)),
+        logit_norm=per_pair(total(tokens.logit_norm_RT)),
+    )
+
+
+def make_logps_fn(
+    hidden_fn: Callable[[Any, Any, batches.PackedBatch], Array],
+    head_fn: Callable[[Any, Any], Array],
+    *,
+    chunk: int | None = None,
+    logit_norm: bool = False,
+) -> LogpsFn:
+    """Makes the function that every step takes, from a model's body and its output projection.
+
+    Args:
+        hidden_fn: `(params, frozen, batch) -> hidden_RTD`, the final hidden states. It has to
+            respect `segment_RT` (no attention across segments) and `position_RT`.
+        head_fn: `(params, frozen) -> head_DV`.
+        chunk: tokens of each row per chunk of logits; None chooses by `chunk_length`.
+        logit_norm: also compute the squared norm of the logit-space gradient.
+
+    Returns:
+        A pure function `(params, frozen, batch) -> SequenceStats` of [R, S, 2] arrays.
+
+    >>> fn = make_logps_fn(lambda p, f, b: jnp.zeros((*b.tokens_RT.shape, 2)), lambda p, f: p)
+    >>> fn(jnp.zeros((2, 8)), None, batches.empty(1, 4, 3)).logps.shape
+    (1, 3, 2)
+    """
+
+    def logps_fn(params, frozen, batch: batches.PackedBatch) -> SequenceStats:
+        targets_RT, segment_RT, mask_RT = targets(batch)
+        tokens = token_stats(
+            hidden_fn(params, frozen, batch),
+            head_fn(params, frozen),
+            targets_RT,
+            chunk=chunk,
+            logit_norm=logit_norm,
+        )
+        return sequence_stats(tokens, segment_RT, mask_RT, batch.pair_RS.shape[1])
+
+    return logps_fn

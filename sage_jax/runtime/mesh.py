@@ -1,0 +1,250 @@
+"""Where arrays live: the device mesh and one table of rules for weights and optimizer state.
+
+The mesh always has the three axes `data`, `fsdp` and `tensor`, also on a single device, so that a
+program written for one device is the program for a pod. Rows of a batch are split over
+(`data`, `fsdp`); weights are split over `fsdp` and `tensor` and repeated over `data`.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+P = PartitionSpec
+Rules = Sequence[tuple[str, PartitionSpec]]
+
+AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")  # the mesh axes over which the rows of a batch are split
+RESIDUAL = P(ROWS, None, None)  # hidden_RTD between blocks; without it the batch is un-sharded
+
+# First match wins. The leading axis of everything under `layers` is the stacked layer, which is
+# never split: scan slices it on every device.
+RULES: Rules = (
+    (r"norm", P()),
+    (r"bias$", P()),
+    (r"lm_head", P("fsdp", "tensor")),  # [D, V]
+    (r"embed", P("tensor", "fsdp")),  # [V, D]
+    (r"layers/.*/(q|k|v|gate|up)/", P(None, "fsdp", "tensor")),
+    (r"layers/.*/(o|down)/", P(None, "tensor", "fsdp")),
+)
+
+
+def make_mesh(
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """A mesh with the axes data, fsdp and tensor.
+
+    Args:
+      data: copies of the weights, each with its own rows; -1 = all devices that are left.
+      fsdp: parts in which weights and optimizer state are split, each with its own rows; or -1.
+      tensor: parts in which a matrix product is split, with the same rows; or -1.
+      devices: the devices to use; all of them by default.
+
+    Returns:
+      A `Mesh` of Auto axes: XLA chooses the shardings that are not given.
+
+    Raises:
+      ValueError: a size is neither positive nor -1, two sizes are -1, or the product of the
+        sizes is not the number of devices.
+
+    >>> dict(make_mesh(devices=jax.devices()[:1]).shape)
+    {'data': 1, 'fsdp': 1, 'tensor': 1}
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = dict(zip(AXES, (data, fsdp, tensor), strict=True))
+    for name, size in sizes.items():
+        if size < 1 and size != -1:
+            raise ValueError(
+                f"mesh.{name}={size} must be a positive number of devices, or -1 for the rest."
+            )
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        raise ValueError(
+            f"mesh.{' and mesh.'.join(free)} are both -1, but only one axis can take the rest of "
+            "the devices. Give a number to all but one."
+        )
+    fixed = int(np.prod([size for size in sizes.values() if size != -1]))
+    if free:
+        sizes[free[0]] = max(len(devices) // fixed, 1)
+    if int(np.prod(list(sizes.values()))) != len(devices):
+        asked = " x ".join(f"{name}={size}" for name, size in sizes.items() if name not in free)
+        rule = "does not divide" if free else "is not"
+        raise ValueError(
+            f"The mesh {asked} = {fixed} {rule} the number of devices, {len(devices)}. "
+            f"Choose sizes whose product is {len(devices)}, or -1 for one of them."
+        )
+    return jax.make_mesh(
+        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    )
+
+
+def leaf_name(path: tuple[Any, ...]) -> str:
+    """The path of a leaf as the rules see it, such as `layers/mlp/up/kernel`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def shardings(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
+    """The sharding of every leaf of a parameter tree, by the first rule that its name matches.
+
+    A dimension that the mesh does not divide (9 heads over 2 devices) is left whole, and a log
+    line says so once.
+
+    Args:
+      tree: arrays or `jax.ShapeDtypeStruct`s; only shapes are read.
+      mesh: a mesh of `make_mesh`.
+      rules: pairs of a regular expression, searched in the leaf's path with "/" between the keys,
+        and the `PartitionSpec` of the leaves that it matches.
+
+    Returns:
+      A tree of `NamedSharding`s with the structure of `tree`.
+
+    Raises:
+      ValueError: no rule matches a leaf, or its rule has more dimensions than the leaf.
+
+    >>> mesh = make_mesh(devices=jax.devices()[:1])
+    >>> found = shardings({"final_norm": {"scale": np.zeros(4)}}, mesh)
+    >>> found["final_norm"]["scale"].spec == P()
+    True
+    """
+
+    def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        name = leaf_name(path)
+        return NamedSharding(mesh, _fit(name, np.shape(leaf), _match(name, rules), mesh))
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def state_shardings(
+    tx: optax.GradientTransformation, params: Any, mesh: Mesh, rules: Rules = RULES
+) -> Any:
+    """The sharding of every leaf of the optimizer state: moments like their weights.
+
+    To be given as `out_shardings` of `jax.jit(tx.init)`; without it XLA repeats Adam's moments on
+    every device, twice the size of the weights.
+
+    Args:
+      tx: the optimizer.
+      params: the weights, or their `jax.ShapeDtypeStruct`s.
+      mesh: a mesh of `make_mesh`.
+      rules: as in `shardings`.
+
+    Returns:
+      A tree of `NamedSharding`s with the structure of `tx.init(params)`.
+
+    >>> tx, params = optax.adam(1e-3), {"final_norm": {"scale": np.zeros(4, np.float32)}}
+    >>> moments, _ = state_shardings(tx, params, make_mesh(devices=jax.devices()[:1]))
+    >>> moments.mu["final_norm"]["scale"].spec == moments.count.spec == P()
+    True
+    """
+    whole = replicated(mesh)
+    return optax.tree.map_params(
+        tx,
+        lambda _, sharding: sharding,
+        jax.eval_shape(tx.init, params),
+        shardings(params, mesh, rules),
+        transform_non_params=lambda _: whole,
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over (data, fsdp), all else whole: for every leaf of a `PackedBatch`."""
+    return NamedSharding(mesh, P(ROWS))
+
+
+def residual_sharding(mesh: Mesh) -> NamedSharding:
+    """For `jax.lax.with_sharding_constraint` on hidden_RTD, once per block."""
+    return NamedSharding(mesh, RESIDUAL)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, P())
+
+
+def row_multiple(mesh: Mesh) -> int:
+    """The number of which the rows of every batch must be a multiple.
+
+    >>> row_multiple(make_mesh(devices=jax.devices()[:1]))
+    1
+    """
+    return int(np.prod([mesh.shape[axis] for axis in ROWS]))
+
+
+def put(batch: Any, mesh: Mesh) -> Any:
+    """The rows that this process loaded, as global arrays split by `batch_sharding`.
+
+    Args:
+      batch: a tree of numpy arrays, rows first; each process gives its own consecutive rows.
+      mesh: a mesh of `make_mesh`.
+
+    Returns:
+      The same tree of `jax.Array`s, whose rows are those of all processes.
+
+    Raises:
+      ValueError: the rows of all processes are not a multiple of `row_multiple(mesh)`.
+
+    >>> put({"tokens_RT": np.zeros((2, 8))}, make_mesh(devices=jax.devices()[:1]))[
+    ...     "tokens_RT"].shape
+    (2, 8)
+    """
+    sharding, multiple = batch_sharding(mesh), row_multiple(mesh)
+    rows = {np.shape(leaf)[0] for leaf in jax.tree.leaves(batch)}
+    if any(jax.process_count() * n % multiple for n in rows):
+        raise ValueError(
+            f"A batch of {jax.process_count() * max(rows)} rows cannot be split over the "
+            f"{multiple} devices of the axes data and fsdp. Plan the rows in multiples of it."
+        )
+    return jax.tree.map(
+        lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), batch
+    )
+
+
+def _match(name: str, rules: Rules) -> PartitionSpec:
+    for pattern, spec in rules:
+        if re.search(pattern, name):
+            return spec
+    raise ValueError(
+        f"No sharding rule matches the parameter {name!r}. Add a pair (regular expression, "
+        "PartitionSpec) for it to the rules, for example "
+        f"({re.escape(name)!r}, PartitionSpec())."
+    )
+
+
+def _fit(name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
+    if len(spec) > len(shape):
+        raise ValueError(
+            f"The sharding rule for {name!r}, {spec}, has {len(spec)} dimensions but the "
+            f"parameter has the shape {shape}. Put a rule that fits before it."
+        )
+    kept = []
+    for dimension, axes in enumerate(spec):
+        parts = _parts(axes, mesh)
+        if shape[dimension] % parts:
+            _say_whole(name, shape, dimension, str(axes), parts)
+            axes = None
+        kept.append(axes)
+    return P(*kept)
+
+
+def _parts(axes: Any, mesh: Mesh) -> int:
+    names = (axes,) if isinstance(axes, str) else (axes or ())
+    return int(np.prod([mesh.shape[name] for name in names], dtype=int))
+
+
+@functools.cache  # once per leaf, however often shardings are asked for
+def _say_whole(name: str, shape: tuple[int, ...], dimension: int, axes: str, parts: int) -> None:
+    logging.getLogger(__name__).warning(
+        "%s: dimension %d of %s is not divisible by the %d devices of %s, so it is left whole.",
+        name, dimension, shape, parts, axes,
+    )  # fmt: skip

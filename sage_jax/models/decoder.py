@@ -1,0 +1,287 @@
+"""A decoder-only language model: a scan over identical layers, and `Model`, its functional face.
+
+`Model` holds Python choices only. Parameters are nested dicts of arrays with these paths (leading
+axis of everything under `layers` = layer), which is what sharding rules and decay masks match:
+
+    embed/embedding                                 [V, D]
+    layers/attention/{q,k,v,o}/{kernel,bias}        [L, in, out], [L, out]
+    layers/mlp/{gate,up,down}/{kernel,bias}
+    layers/{attention_norm,mlp_norm}/scale          [L, D]
+    final_norm/scale                                [D]
+    lm_head/kernel                                  [D, V], untied models only
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from sage_jax.models import layers
+from sage_jax.models import spec as spec_lib
+
+Params = Any  # nested dict of arrays
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+REMAT: dict[str, Any] = {
+    "none": None,  # keep every intermediate: fastest where memory allows
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep linear maps' outputs
+    "full": jax.checkpoint_policies.nothing_saveable,  # keep the layer inputs only
+}
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens seen so far, in the compute dtype."""
+
+    key: jax.Array  # [L, B, C, G, E]
+    value: jax.Array  # [L, B, C, G, E]
+
+
+class Decoder(nn.Module):
+    """The network. Maps tokens to final-normed hidden states; the head is applied by the caller."""
+
+    spec: spec_lib.ModelSpec
+    dtype: Any
+    remat: str
+    constrain: Callable[[jax.Array], jax.Array] | None
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        position_BT: jax.Array,
+        mask: jax.Array,
+        past: layers.KeyValue | None = None,
+        keep: bool = False,
+    ) -> tuple[jax.Array, layers.KeyValue | None]:
+        spec = self.spec
+        embed = nn.Embed(
+            spec.vocab,
+            spec.d_model,
+            dtype=self.dtype,
+            embedding_init=nn.initializers.normal(0.02),
+            name="embed",
+        )
+        x_BTD = embed(tokens_BT)
+        if self.constrain is not None:
+            x_BTD = self.constrain(x_BTD)
+        block: Any = layers.Block
+        if self.remat != "none" and not keep:
+            block = nn.remat(block, policy=REMAT[self.remat], prevent_cse=False)
+        stack = nn.scan(
+            block,
+            length=spec.layers,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast),
+        )(spec, self.dtype, keep, self.constrain, name="layers")
+        x_BTD, own = stack(x_BTD, past, layers.rotation(spec, position_BT), mask)
+        if not spec.tied and self.is_initializing():
+            _Head(spec, name="lm_head")()
+        return layers.RMSNorm(spec.norm_eps, self.dtype, name="final_norm")(x_BTD), own
+
+
+class _Head(nn.Module):
+    """Creates the untied output matrix; `Model.head` reads it."""
+
+    spec: spec_lib.ModelSpec
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        shape = (self.spec.d_model, self.spec.vocab)
+        return self.param("kernel", nn.initializers.normal(0.02), shape, jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Pure functions of parameters and tokens, for one architecture and compute dtype.
+
+    Attributes:
+      spec: the architecture.
+      dtype: compute dtype, "float32" or "bfloat16"; parameters are float32 either way.
+      remat: what the backward pass recomputes: "none", "dots" (all but the linear maps) or "full".
+      constrain: applied to the residual stream [R, T, D] after the embedding and after each layer;
+        under a mesh, a function that calls `jax.lax.with_sharding_constraint`. None: nothing.
+
+    >>> spec = spec_lib.ModelSpec(vocab=32, d_model=16, d_ff=32, layers=2, heads=2)
+    >>> model = Model(spec)
+    >>> params = model.init(jax.random.key(0))
+    >>> model.logits(params, jnp.array([[1, 2, 3]])).shape
+    (1, 3, 32)
+    """
+
+    spec: spec_lib.ModelSpec
+    dtype: str = "float32"
+    remat: str = "none"
+    constrain: Callable[[jax.Array], jax.Array] | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (("dtype", self.dtype, DTYPES), ("remat", self.remat, REMAT)):
+            if value not in allowed:
+                raise ValueError(f"{name}={value!r} is unknown. Use one of {sorted(allowed)}.")
+
+    @property
+    def _module(self) -> Decoder:
+        return Decoder(self.spec, DTYPES[self.dtype], self.remat, self.constrain)
+
+    def init(self, key: jax.Array) -> Params:
+        """Random float32 parameters.
+
+        Args:
+          key: PRNG key.
+
+        Returns:
+          The nested dict described at the top of this module; works under `jax.eval_shape`.
+        """
+        one = jnp.zeros((1, 1), jnp.int32)
+        model = dataclasses.replace(self, constrain=None)
+        variables = model._module.init(key, one, one, jnp.ones((1, 1, 1), bool))
+        return variables["params"]
+
+    def _apply(self, params: Params, *args: Any) -> tuple[jax.Array, layers.KeyValue | None]:
+        return self._module.apply({"params": params}, *args)  # type: ignore[return-value]
+
+    def hidden(
+        self,
+        params: Params,
+        tokens_RT: jax.Array,
+        position_RT: jax.Array,
+        segment_RT: jax.Array,
+    ) -> jax.Array:
+        """Final-normed hidden states of packed rows.
+
+        Args:
+          params: parameters.
+          tokens_RT: int32 [R, T], token ids.
+          position_RT: int32 [R, T], position of each token inside its sequence.
+          segment_RT: int32 [R, T], 0 = padding; a token sees earlier tokens of its own segment.
+
+        Returns:
+          [R, T, D] in the compute dtype; finite but meaningless at padding.
+        """
+        mask = layers.causal_segment_mask(segment_RT)
+        hidden_RTD, _ = self._apply(params, tokens_RT, position_RT, mask)
+        return hidden_RTD
+
+    def head(self, params: Params) -> jax.Array:
+        """The output matrix [D, V] in the compute dtype; logits are `hidden @ head`."""
+        weight = params["embed"]["embedding"].T if self.spec.tied else params["lm_head"]["kernel"]
+        return weight.astype(DTYPES[self.dtype])
+
+    def logits(self, params: Params, tokens_BT: jax.Array) -> jax.Array:
+        """Logits of unpacked sequences, for checks and small work: training never calls it.
+
+        Args:
+          params: parameters.
+          tokens_BT: int32 [B, T], sequences from position 0, padded on the right if at all.
+
+        Returns:
+          float32 [B, T, V].
+        """
+        tokens_BT = jnp.asarray(tokens_BT, jnp.int32)
+        position_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+        hidden_BTD = self.hidden(params, tokens_BT, position_BT, jnp.ones_like(tokens_BT))
+        return jnp.matmul(hidden_BTD, self.head(params), preferred_element_type=jnp.float32)
+
+    def init_cache(self, batch: int, length: int) -> Cache:
+        """An empty key-value cache for `batch` sequences of up to `length` tokens."""
+        spec = self.spec
+        shape = (spec.layers, batch, length, spec.kv_heads, spec.head_dim)
+        zeros = jnp.zeros(shape, DTYPES[self.dtype])
+        return Cache(zeros, zeros)
+
+    def prefill(
+        self,
+        params: Params,
+        tokens_BT: jax.Array,
+        position_BT: jax.Array,
+        valid_BT: jax.Array,
+        cache: Cache,
+    ) -> tuple[jax.Array, Cache]:
+        """Runs prompts, padded on the left, and writes their keys to slots 0 .. T-1.
+
+        Args:
+          params: parameters.
+          tokens_BT: int32 [B, T].
+          position_BT: int32 [B, T], 0 at each prompt's first real token.
+          valid_BT: bool [B, T], false at padding.
+          cache: from `init_cache`, with at least T slots.
+
+        Returns:
+          Hidden states [B, T, D] and the cache.
+
+        Raises:
+          ValueError: if the cache has fewer than T slots.
+        """
+        length, slots = tokens_BT.shape[1], cache.key.shape[2]
+        if length > slots:
+            raise ValueError(
+                f"Prompts of {length} tokens do not fit a cache of {slots} slots. "
+                f"Call init_cache with length >= {length}."
+            )
+        mask = layers.causal_segment_mask(valid_BT.astype(jnp.int32))
+        hidden_BTD, own = self._apply(params, tokens_BT, position_BT, mask, None, True)
+        return hidden_BTD, _write(cache, own, 0)
+
+    def decode(
+        self,
+        params: Params,
+        token_B: jax.Array,
+        position_B: jax.Array,
+        valid_BC: jax.Array,
+        cache: Cache,
+        slot: jax.Array | int,
+    ) -> tuple[jax.Array, Cache]:
+        """Runs one token per sequence against the cache and writes its key to `slot`.
+
+        Args:
+          params: parameters.
+          token_B: int32 [B].
+          position_B: int32 [B], the token's position inside its sequence.
+          valid_BC: bool [B, C], cache slots to attend to; `slot` itself is always attended to.
+          cache: from `prefill` or an earlier `decode`.
+          slot: int or traced int32 scalar, the same for all sequences.
+
+        Returns:
+          Hidden states [B, D] and the cache.
+        """
+        mask_BC = valid_BC & (jnp.arange(valid_BC.shape[1]) != slot)
+        past = (cache.key, cache.value)
+        hidden_B1D, own = self._apply(
+            params, token_B[:, None], position_B[:, None], mask_BC, past, True
+        )
+        return hidden_B1D[:, 0], _write(cache, own, slot)
+
+    def forward_flops(self, tokens: int, attended: int, head_tokens: int | None = None) -> float:
+        """Floating-point operations of a forward pass; a backward pass costs twice as many.
+
+        Counts matrix products only (2 per multiply-add); norms, softmax and rotations are left out.
+
+        Args:
+          tokens: tokens that go through the layers.
+          attended: query-key pairs in all, e.g. the sum of n (n + 1) / 2 over sequences.
+          head_tokens: tokens whose logits are computed; None: all of them.
+
+        Returns:
+          The number of operations.
+        """
+        spec = self.spec
+        qkv = spec.d_model * (spec.heads + 2 * spec.kv_heads) * spec.head_dim
+        output = spec.heads * spec.head_dim * spec.d_model
+        mlp = 3 * spec.d_model * spec.d_ff
+        linear = 2.0 * tokens * spec.layers * (qkv + output + mlp)
+        attention = 4.0 * attended * spec.layers * spec.heads * spec.head_dim
+        head = 2.0 * (tokens if head_tokens is None else head_tokens) * spec.d_model * spec.vocab
+        return linear + attention + head
+
+
+def _write(cache: Cache, own: layers.KeyValue | None, slot: jax.Array | int) -> Cache:
+    assert own is not None
+    start = (0, 0, slot, 0, 0)
+    return Cache(
+        jax.lax.dynamic_update_slice(cache.key, own[0], start),
+        jax.lax.dynamic_update_slice(cache.value, own[1], start),
+    )

@@ -123,9 +123,13 @@ def loss_grid() -> dict[str, list]:
     ratio = rng.normal(0.0, 1.0, (24, 2)) * np.geomspace(0.01, 80.0, 24)[:, None]
     ratio[0] = 0.0  # policy = reference, where every run starts
     ratio[1] = [5.0, -5.0]  # margin 10: on the hinge's kink at beta 0.1
+
+    def exact(x: np.ndarray) -> list:  # multiples of 2^-10: exact in float32, differences too
+        return (np.round(x * 1024) / 1024).tolist()
+
     return {
-        "logps": np.round(ref + ratio, 6).tolist(),
-        "ref_logps": np.round(ref, 6).tolist(),
+        "logps": exact(ref + ratio),
+        "ref_logps": exact(ref),
         "tokens": rng.integers(1, 40, (24, 2)).tolist(),
     }
 
@@ -238,12 +242,10 @@ def _five_steps(trainer) -> dict[str, Any]:
     if seen != rows():
         raise RuntimeError("TRL tokenised the rows into other ids than rows() gives.")
     trainer.train()
-    history = [
-        {k: step[k] for k in METRICS} for step in trainer.state.log_history if "loss" in step
-    ]
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     final = {n: p.detach().numpy() for n, p in trainer.model.named_parameters()}
     return {
-        "metrics": history,
+        "metrics": [{name: entry[name] for name in METRICS} for entry in logged],
         "first_gradient": {n: summary(g) for n, g in trainer.gradients[0].items()},
         "final_weights": {n: summary(w) for n, w in final.items()},
         "weights": {n: summary(w) for n, w in weights().items()},
@@ -258,9 +260,7 @@ def _loss_values(trainer, name: str, setting: dict[str, float], pairs: list[int]
     """
     import torch
 
-    grid = {
-        key: torch.tensor(value, dtype=torch.float64)[pairs] for key, value in loss_grid().items()
-    }
+    grid = {k: torch.tensor(v, dtype=torch.float64)[pairs] for k, v in loss_grid().items()}
     tokens_B2 = grid["tokens"].long()
     logps_B2 = grid["logps"].requires_grad_()
     length = int(tokens_B2.max())
@@ -284,11 +284,8 @@ def _loss_values(trainer, name: str, setting: dict[str, float], pairs: list[int]
     trainer.beta, trainer.label_smoothing = setting["beta"], setting["label_smoothing"]
     loss = trainer._compute_loss(lambda **_: outputs, inputs, return_outputs=False)
     (slope_B2,) = torch.autograd.grad(loss, logps_B2)
-    return {
-        "value": loss.item(),
-        "chosen": slope_B2[:, 0].tolist(),
-        "rejected": slope_B2[:, 1].tolist(),
-    }
+    chosen_B, rejected_B = slope_B2.T.tolist()
+    return {"value": loss.item(), "chosen": chosen_B, "rejected": rejected_B}
 
 
 def _losses(trainer) -> list[dict[str, Any]]:
@@ -334,10 +331,9 @@ def _simpo() -> list[dict[str, Any]]:
 
 def recompute() -> dict[str, Any]:
     """Everything in trl.json, from the libraries installed here."""
-    # Both must be set before the first import: nothing is fetched, nothing is reported.
-    os.environ.update(
-        HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TRL_EXPERIMENTAL_SILENCE="1"
-    )
+    # Set before the first import: nothing is fetched, nothing is reported.
+    os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     import torch
     import transformers
     import trl

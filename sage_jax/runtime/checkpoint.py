@@ -1,0 +1,249 @@
+"""Checkpoints: a thin owner of Orbax's `CheckpointManager`.
+
+A checkpoint holds three things: the train state (a sharded tree of `jax.Array`s, typed PRNG keys
+included), host arrays by name (memory, pool, plan) and JSON (round, position, resolved config).
+Host arrays restore with the shapes that they had, so that memory for a data set of another
+length need not be known ahead; the state restores onto whatever mesh the abstract tree names.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+# Orbax cannot store arrays without elements; their dtypes and shapes go into the JSON.
+_EMPTY = "__empty_arrays__"
+_FILLER = "__filler__"  # Orbax refuses an item without any leaf
+
+
+class Checkpoints:
+    """The checkpoints of one directory; saves run in the background.
+
+    Args:
+        directory: where they lie, one sub-directory a step; made when missing.
+        keep: how many of the newest to keep, at least 1.
+        every: a checkpoint is `due` at multiples of this many steps; 0 = never by itself.
+
+    Example:
+        with Checkpoints(workdir / "checkpoints", every=50) as checkpoints:
+            state, arrays, meta = checkpoints.restore(checkpoints.latest(), abstract_state)
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], keep: int = 2, every: int = 0):
+        if keep < 1:
+            raise ValueError(f"checkpoint.keep={keep} must be at least 1, the newest checkpoint.")
+        if every < 0:
+            raise ValueError(f"checkpoint.every={every} must be a number of steps, or 0 for never.")
+        import orbax.checkpoint as ocp
+
+        _quiet()
+        self.directory = pathlib.Path(directory).absolute()
+        self.every = every
+        self._ocp = ocp
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep),
+            item_handlers={  # without them item_metadata is None before the first save
+                "state": ocp.StandardCheckpointHandler(),
+                "arrays": ocp.StandardCheckpointHandler(),
+                "meta": ocp.JsonCheckpointHandler(),
+            },
+        )
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def due(self, step: int) -> bool:
+        """Whether `every` asks for a checkpoint after this many steps."""
+        return self.every > 0 and step > 0 and step % self.every == 0
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, oldest first; killed saves are not among them."""
+        return sorted(self._manager.all_steps())
+
+    def latest(self) -> int | None:
+        """Step of the newest complete checkpoint, None when there is none."""
+        return self._manager.latest_step()
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        arrays: Mapping[str, np.ndarray],
+        meta: Mapping[str, Any],
+    ) -> None:
+        """Begins to write a checkpoint, and returns once everything has been copied.
+
+        A previous save that still runs is waited for. A process killed before the save is complete
+        leaves the checkpoint before as the latest.
+
+        Args:
+            step: optimizer steps done; must be larger than `latest()`.
+            state: tree of `jax.Array`s, of any dtype and sharding, typed PRNG keys included.
+            arrays: host arrays by name, of any shape, numbers or booleans.
+            meta: what `json` can write.
+
+        Raises:
+            ValueError: a checkpoint of this or a later step exists, or `arrays` or `meta` hold
+                what cannot be stored.
+        """
+        latest = self.latest()
+        if latest is not None and step <= latest:
+            raise ValueError(
+                f"{self.directory} already has a checkpoint of step {latest}, so one of step "
+                f"{step} would not be the latest. Resume from step {latest}, or start in another "
+                "workdir."
+            )
+        full, empty = _split(arrays)
+        try:
+            json.dumps({**meta, _EMPTY: empty})
+        except TypeError as e:
+            raise ValueError(f"The checkpoint's meta must be plain JSON values: {e}.") from e
+        args = self._ocp.args
+        saved = self._manager.save(
+            step,
+            args=args.Composite(
+                state=args.StandardSave(state),
+                arrays=args.StandardSave(full),
+                meta=args.JsonSave({**meta, _EMPTY: empty}),
+            ),
+        )
+        if not saved:  # Orbax says no by returning False, which would lose the checkpoint silently
+            raise RuntimeError(f"Orbax did not save step {step} in {self.directory}.")
+
+    def restore(
+        self, step: int, abstract_state: Any
+    ) -> tuple[Any, dict[str, np.ndarray], dict[str, Any]]:
+        """Reads a checkpoint, bit for bit, onto the mesh of `abstract_state`.
+
+        Args:
+            step: one of `steps()`.
+            abstract_state: tree of `jax.ShapeDtypeStruct`s with shardings, or of arrays, with the
+                structure of the saved state. Leaves without sharding go to the default device.
+
+        Returns:
+            (state, arrays, meta) as they were given to `save`.
+
+        Raises:
+            ValueError: there is no such checkpoint, it cannot be read, or a leaf of the state has
+                another name, shape or dtype than the one that was saved.
+        """
+        if step not in self.steps():
+            known = ", ".join(map(str, self.steps())) or "none"
+            raise ValueError(
+                f"{self.directory} has no complete checkpoint of step {step}; it has: {known}."
+            )
+        self.wait()
+        where = self.directory / str(step)
+        args = self._ocp.args
+        try:
+            saved = _leaves(self._manager.item_metadata(step)["state"].tree)
+        except Exception as e:
+            raise _unreadable(where, e) from e
+        abstract = jax.tree.map(_abstract, abstract_state)
+        _compare(saved, _leaves(abstract), where)
+        try:
+            found = self._manager.restore(
+                step,
+                args=args.Composite(
+                    state=args.StandardRestore(abstract),
+                    arrays=args.StandardRestore(),
+                    meta=args.JsonRestore(),
+                ),
+            )
+        except Exception as e:
+            raise _unreadable(where, e) from e
+        meta = dict(found["meta"])
+        arrays = {name: np.asarray(leaf) for name, leaf in found["arrays"].items()}
+        arrays.pop(_FILLER)
+        for name, (dtype, shape) in meta.pop(_EMPTY).items():
+            arrays[name] = np.empty(shape, dtype)
+        return found["state"], arrays, meta
+
+    def wait(self) -> None:
+        """Returns when the save in the background is complete; raises what went wrong in it."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, and frees the threads of the manager."""
+        self._manager.close()
+
+
+def _split(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, list]]:
+    """Copies of the arrays with elements, and (dtype, shape) of those without."""
+    full, empty = {_FILLER: np.zeros(1, np.uint8)}, {}
+    for name, value in arrays.items():
+        array = np.array(value)  # a copy: the caller goes on writing to its memory
+        if array.dtype.kind not in "biuf":
+            raise ValueError(
+                f"The array {name!r} of a checkpoint has the dtype {array.dtype}; it must hold "
+                "numbers or booleans. Put text into meta."
+            )
+        if array.size:
+            full[name] = array
+        else:
+            empty[name] = [array.dtype.str, list(array.shape)]
+    return full, empty
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    sharding = getattr(leaf, "sharding", None)
+    if sharding is None:
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype by leaf name; PRNG keys as the integers that they are stored as."""
+    found = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        found[name] = (tuple(leaf.shape), np.dtype(leaf.dtype).name)
+    return found
+
+
+def _compare(saved: dict, wanted: dict, where: pathlib.Path) -> None:
+    """Raises one line about the first leaf that differs; Orbax would print thousands."""
+
+    def show(leaf: tuple[tuple[int, ...], str] | None) -> str:
+        return "no such leaf" if leaf is None else f"{leaf[1]}{list(leaf[0])}"
+
+    names = [n for n in {**wanted, **saved} if saved.get(n) != wanted.get(n)]
+    if names:
+        more = f" (and {len(names) - 1} more leaves differ)" if len(names) > 1 else ""
+        raise ValueError(
+            f"The checkpoint {where} does not fit this run: {names[0]} is "
+            f"{show(saved.get(names[0]))} in the checkpoint and {show(wanted.get(names[0]))} in "
+            f"the run{more}. Use the model and optimizer it was saved with, or another workdir."
+        )
+
+
+def _unreadable(where: pathlib.Path, error: Exception) -> ValueError:
+    text = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return ValueError(
+        f"The checkpoint {where} cannot be read ({text}). Remove this directory to resume from "
+        "the checkpoint before it."
+    )
+
+
+def _quiet() -> None:
+    """Keeps Orbax's many INFO lines, which absl prints inside `app.run`, out of the progress."""
+    logger = logging.getLogger("absl")
+    if _not_chatter not in logger.filters:
+        logger.addFilter(_not_chatter)
+
+
+def _not_chatter(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING or f"{os.sep}orbax{os.sep}" not in record.pathname

@@ -416,9 +416,9 @@ def _elementwise(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """Maps a function of scalars over arrays of any shape, so that a user's may hold `lax.cond`."""
 
     def mapped(*args):
-        args = jnp.broadcast_arrays(*args)
-        flat = jax.vmap(fn)(*(x.reshape(-1) for x in args))
-        return flat.reshape(args[0].shape)
+        arrays = jnp.broadcast_arrays(*args)
+        flat = jax.vmap(fn)(*(x.reshape(-1) for x in arrays))
+        return flat.reshape(arrays[0].shape)
 
     return mapped
 

@@ -1,0 +1,187 @@
+"""The launcher: `sage-jax MODE --config=FILE --workdir=DIR --config.key=value`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import os
+import pathlib
+import sys
+from typing import Any
+
+# Before anything imports transformers: it tells every user without torch that torch is missing.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+MODES = {  # name -> one line of help; the functions are in runtime/modes.py
+    "train": "align a model on preference pairs that SAGE selects",
+    "sft": "supervised fine-tuning; also makes small models from scratch",
+    "sample": "sample answers of the model, verify them, write preference pairs",
+    "eval": "greedy accuracy on problems, preference accuracy on pairs",
+    "score": "score a data set, write the scores and the selected rows",
+    "export": "write a run's latest weights as a Hugging Face directory",
+    "report": "write report.html of a workdir again",
+    "doctor": "look a data set over: lengths, truncation, duplicates, bad rows",
+}
+USAGE = """usage: sage-jax MODE --config=FILE --workdir=DIR [--config.key=value ...]
+
+modes:
+{modes}
+
+FILE is a config (configs/quickstart.py) or the name of one that comes with the package
+(quickstart). Every setting and its default: python -m sage_jax.config
+
+example:
+  sage-jax train --config=configs/quickstart.py --workdir=runs/quickstart --config.optim.lr=1e-4"""
+
+
+class UsageError(ValueError):
+    """Something that the user typed."""
+
+
+def usage() -> str:
+    """The text of `sage-jax --help`."""
+    return USAGE.format(modes="\n".join(f"  {name:8}{text}" for name, text in MODES.items()))
+
+
+def find_config(name: str) -> pathlib.Path:
+    """A config file by path, or by the name of one that comes with the package.
+
+    Raises:
+        UsageError: there is no such file.
+    """
+    path = pathlib.Path(name)
+    if path.is_file():
+        return path
+    shipped = importlib.util.find_spec("sage_jax.configs")
+    places = list(shipped.submodule_search_locations or []) if shipped else []
+    known = sorted(p for d in places for p in pathlib.Path(d).glob("*.py") if p.stem[0] != "_")
+    for candidate in known:
+        if candidate.stem == name or (candidate.name == path.name and path.parent.name == "configs"):
+            return candidate
+    near = difflib.get_close_matches(path.stem, [p.stem for p in known], n=1, cutoff=0.0)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise UsageError(f"--config={name}: there is no such file.{hint}")
+
+
+def parse(argv: list[str]) -> tuple[str, Any, pathlib.Path | None]:
+    """Reads the command line.
+
+    Args:
+        argv: arguments without the program's name.
+
+    Returns:
+        The mode, the ConfigDict with overrides applied, and the workdir (None when not given).
+
+    Raises:
+        UsageError: an unknown mode or flag, a missing file, an unknown key, a mistyped value.
+    """
+    from absl import flags
+    from ml_collections import config_flags
+
+    from sage_jax import config as settings
+
+    mode = argv[0] if argv else ""
+    if mode not in MODES:
+        near = difflib.get_close_matches(mode, MODES, n=1, cutoff=0.0)
+        raise UsageError(
+            f"{mode!r} is not a mode ({', '.join(MODES)})." + f" Did you mean {near[0]!r}?"
+            if mode
+            else "no mode is given. See sage-jax --help."
+        )
+    arguments = _join_values(argv[1:])
+    known = settings.flatten(settings.default())
+    for argument in arguments:
+        name, equals, _ = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--"):
+            raise UsageError(f"{argument!r} is not a flag. Write --config.key=value.")
+        if name.startswith("config.") and name.removeprefix("config.") not in known:
+            hint = settings.nearest(name.removeprefix("config."), known)
+            raise UsageError(f"--{argument.removeprefix('--')}: config has no key "
+                             f"{name.removeprefix('config.')!r}. The nearest is config.{hint}.")  # fmt: skip
+        if not name.startswith("config.") and name not in ("config", "workdir"):
+            near = difflib.get_close_matches(name, ["config", "workdir"], n=1, cutoff=0.0)
+            raise UsageError(f"--{name} is not a flag. Did you mean --{near[0]}?")
+        if not equals:
+            raise UsageError(f"--{name} needs a value: --{name}=...")
+    given = {a.removeprefix("--").partition("=")[0]: a.partition("=")[2] for a in arguments}
+    if "config" not in given:
+        raise UsageError("--config=FILE is missing. Example: --config=configs/quickstart.py")
+    path = find_config(given["config"])
+
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
+    first = [f"--config={path}"]
+    overrides = [a for a in arguments if a.startswith(("--config.", "-config."))]
+    try:
+        values(["sage-jax", *first, *overrides])
+        config = holder.value
+    except (flags.Error, TypeError, ValueError) as e:
+        raise UsageError(_override_error(overrides, known, e)) from e
+    except (AttributeError, KeyError) as e:  # a key that the config file itself mistypes
+        raise UsageError(f"{path}: {str(e).splitlines()[0]}") from e
+    workdir = pathlib.Path(given["workdir"]) if given.get("workdir") else None
+    return mode, config, workdir
+
+
+def _join_values(arguments: list[str]) -> list[str]:
+    """`--workdir DIR` as `--workdir=DIR`, as absl reads it."""
+    joined: list[str] = []
+    for argument in arguments:
+        if joined and joined[-1].startswith("--") and "=" not in joined[-1]:
+            if not argument.startswith("--"):
+                joined[-1] += "=" + argument
+                continue
+        joined.append(argument)
+    return joined
+
+
+def _override_error(overrides: list[str], known: dict[str, Any], error: Exception) -> str:
+    for override in overrides:
+        key, _, text = override.removeprefix("--config.").partition("=")
+        kind = type(known[key])
+        if kind in (int, float):
+            try:
+                kind(text)
+            except ValueError:
+                return f"config.{key}={text!r} is not {'an int' if kind is int else 'a float'}."
+        if kind is bool and text.lower() not in ("true", "false", "1", "0", "t", "f", "yes", "no"):
+            return f"config.{key}={text!r} is not a bool. Write true or false."
+    return str(error).splitlines()[0]
+
+
+def main(argv: list[str]) -> int:
+    """Runs one mode and returns the exit code: 0, 1 for a failed run, 2 for a wrong command."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from sage_jax import __version__
+
+        print(f"sage_jax {__version__}")
+        return 0
+    try:
+        from sage_jax import config as settings
+
+        mode, config, workdir = parse(argv)
+        run = settings.resolve(config)
+        modes = importlib.import_module("sage_jax.runtime.modes")
+        return getattr(modes, mode)(run, workdir)
+    except (ValueError, FileNotFoundError, ImportError) as e:
+        if os.environ.get("SAGE_JAX_TRACEBACK"):
+            raise
+        print(f"sage-jax: {e}", file=sys.stderr)
+        return 2
+    except FloatingPointError as e:
+        print(f"sage-jax: {e}", file=sys.stderr)
+        return 1
+
+
+def console() -> None:
+    """Entry point of the `sage-jax` command."""
+    sys.exit(main(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    console()

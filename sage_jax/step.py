@@ -1,0 +1,257 @@
+"""Pure training, scoring and evaluation steps. The caller jits them, with shardings and donation.
+
+The train step returns, beside the new state, one `PairScores` a pair: training itself refreshes
+what the selection knows, and no forward pass is spent on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sage_jax import batch as batches
+from sage_jax import logprobs, losses, scores
+
+Array = jax.Array
+ScoreFn = Callable[[logprobs.SequenceStats, Array], scores.PairScores]
+WeightFn = Callable[[scores.PairScores, Array], Array]
+
+
+class TrainState(NamedTuple):
+    """Everything an optimizer update changes. Frozen weights are an argument, not state."""
+
+    step: Array  # int32 []
+    params: Any  # what is trained: all weights, or adapters
+    opt_state: optax.OptState
+
+
+class StepOutput(NamedTuple):
+    """What a train step reports; nothing here is needed for the next step."""
+
+    metrics: dict[str, Array]  # float32 [], the field's usual names
+    pairs: scores.PairScores | None  # float32 [R, S] each; None without a score function
+
+
+def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
+    """The state before the first step.
+
+    >>> init_state({"w": jnp.ones(2)}, optax.sgd(0.1)).step
+    Array(0, dtype=int32)
+    """
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+
+
+def _pair_weight(batch: batches.PackedBatch, tokens_RS: Array | None) -> Array:
+    weight_RS = jnp.where(batch.pair_RS >= 0, batch.weight_RS, 0.0)
+    return weight_RS if tokens_RS is None else weight_RS * tokens_RS
+
+
+def _chosen_tokens(batch: batches.PackedBatch) -> Array:
+    _, segment_RT, mask_RT = logprobs.targets(batch)
+    slots = batch.pair_RS.shape[1]
+    chosen = jnp.stack([(segment_RT == batches.segment_id(s, 0)) for s in range(slots)], axis=1)
+    return jnp.einsum("rst,rt->rs", chosen.astype(jnp.float32), mask_RT)
+
+
+def pair_losses(
+    loss: losses.Loss, stats: logprobs.SequenceStats, ref_logps: Array, *, nll_weight: float = 0.0
+) -> Array:
+    """The loss of each pair, unreduced.
+
+    Args:
+        loss: one of `losses.LOSSES`, or a user's own.
+        stats: float32 [..., 2] sums of the policy.
+        ref_logps: float32 [..., 2], nats; ignored by losses that need no reference.
+        nll_weight: weight of the added mean negative log-likelihood of the chosen completion
+            (RPO, arXiv 2404.19733 eq. 3).
+
+    Returns:
+        float32 [...], one loss per pair.
+
+    >>> z = jnp.zeros((1, 2)); stats = logprobs.SequenceStats(z, z + 1, z, z, z, z, z)
+    >>> [round(float(x), 4) for x in pair_losses(losses.sigmoid(), stats, z)]
+    [0.6931]
+    """
+    chosen, rejected = losses.rewards(loss, stats.logps, ref_logps, stats.tokens)
+    value = loss.value(chosen, rejected)
+    if nll_weight:
+        value = value + nll_weight * losses.nll(stats.logps[..., 0], stats.tokens[..., 0])
+    return value
+
+
+def pair_metrics(
+    stats: logprobs.SequenceStats, ref_logps: Array, weight: Array, beta: float
+) -> dict[str, Array]:
+    """Means over pairs under the names that preference trainers share.
+
+    Args:
+        stats: float32 [..., 2] sums of the policy.
+        ref_logps: float32 [..., 2], nats.
+        weight: float32 [...]; pairs with weight 0 are left out, others count alike.
+        beta: scale of the rewards, beta * (log pi - log pi_ref), raw sums whichever loss is used.
+
+    Returns:
+        `rewards/*`, `logps/*` (means of token sums, nats), `logits/*` (means over completion
+        tokens), `entropy` (nats per token, both sides), `mean_token_accuracy` (chosen side).
+        `rewards/accuracies` uses a strict `>`, so a policy equal to its reference logs 0.
+
+    >>> z = jnp.zeros((3, 2)); stats = logprobs.SequenceStats(z, z + 1, z, z, z, z, z)
+    >>> float(pair_metrics(stats, z, jnp.ones(3), 0.1)["rewards/accuracies"])
+    0.0
+    """
+    real = (weight > 0).astype(jnp.float32)
+    count = jnp.maximum(real.sum(), 1.0)
+    reward = beta * (stats.logps - ref_logps)
+
+    def over_pairs(x):
+        return jnp.sum(x * real) / count
+
+    def over_tokens(x, sides):
+        total = jnp.sum(stats.tokens[..., sides] * real[..., None])
+        return jnp.sum(x[..., sides] * real[..., None]) / jnp.maximum(total, 1.0)
+
+    chosen, rejected, both = slice(0, 1), slice(1, 2), slice(0, 2)
+    return {
+        "rewards/chosen": over_pairs(reward[..., 0]),
+        "rewards/rejected": over_pairs(reward[..., 1]),
+        "rewards/accuracies": over_pairs(reward[..., 0] > reward[..., 1]),
+        "rewards/margins": over_pairs(reward[..., 0] - reward[..., 1]),
+        "logps/chosen": over_pairs(stats.logps[..., 0]),
+        "logps/rejected": over_pairs(stats.logps[..., 1]),
+        "logits/chosen": over_tokens(stats.mean_logit, chosen),
+        "logits/rejected": over_tokens(stats.mean_logit, rejected),
+        "entropy": over_tokens(stats.entropy, both),
+        "mean_token_accuracy": over_tokens(stats.hits, chosen),
+    }
+
+
+def make_train_step(
+    logps_fn: logprobs.LogpsFn,
+    loss: losses.Loss,
+    tx: optax.GradientTransformation,
+    *,
+    score_fn: ScoreFn | None = None,
+    weight_fn: WeightFn | None = None,
+    nll_weight: float = 0.0,
+    token_weighted: bool = False,
+    accumulate: int = 1,
+):
+    """Makes one optimizer step over packed rows.
+
+    Args:
+        logps_fn: `(params, frozen, batch) -> SequenceStats` of [R, S, 2] arrays.
+        loss: the pair loss.
+        tx: the optimizer.
+        score_fn: scores each pair from the statistics of this very forward pass; None leaves
+            scoring out of the compiled program.
+        weight_fn: soft selection, `(scores, weight_RS) -> weight_RS`, applied without gradient to
+            the pairs of one accumulation part. Needs `score_fn`.
+        nll_weight: see `pair_losses`.
+        token_weighted: weight pairs by their chosen tokens, so that the `sft` loss is a mean over
+            tokens.
+        accumulate: parts that the rows are cut into, one after the other inside the step.
+            Gradients add up to those of the whole batch.
+
+    Returns:
+        An un-jitted `step(state, frozen, batch) -> (TrainState, StepOutput)`.
+
+    Raises:
+        ValueError: `weight_fn` without `score_fn`, or rows that `accumulate` does not divide.
+    """
+    if weight_fn is not None and score_fn is None:
+        raise ValueError("weight_fn needs the scores of score_fn. Give both, or neither.")
+
+    def part_objective(params, frozen, part, total_weight):
+        stats = logps_fn(params, frozen, part)
+        seen = jax.lax.stop_gradient(stats)
+        pairs = None if score_fn is None else score_fn(seen, part.ref_logps_RS2)
+        weight_RS = _pair_weight(part, seen.tokens[..., 0] if token_weighted else None)
+        if weight_fn is not None:
+            weight_RS = weight_fn(pairs, weight_RS)
+        loss_RS = pair_losses(loss, stats, part.ref_logps_RS2, nll_weight=nll_weight)
+        # where, not *: an empty slot adds exactly 0, whatever the loss makes of its zeros.
+        loss_RS = jnp.where(weight_RS > 0, loss_RS, 0.0)
+        return jnp.sum(loss_RS * weight_RS) / total_weight, (seen, pairs)
+
+    grad_fn = jax.value_and_grad(part_objective, has_aux=True)
+
+    def whole(params, frozen, batch, total_weight):
+        if accumulate == 1:
+            return grad_fn(params, frozen, batch, total_weight)
+        rows = batch.tokens_RT.shape[0]
+        if rows % accumulate:
+            raise ValueError(
+                f"{rows} rows do not divide into {accumulate} accumulation parts. Choose a "
+                f"train.accumulate that divides the rows of a step."
+            )
+        parts = jax.tree.map(lambda x: x.reshape(accumulate, rows // accumulate, *x.shape[1:]), batch)
+
+        def body(carry, part):
+            (value, aux), grads = grad_fn(params, frozen, part, total_weight)
+            return jax.tree.map(jnp.add, carry, (value, grads)), aux
+
+        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+        (value, grads), aux = jax.lax.scan(body, zero, parts)
+        return (value, jax.tree.map(lambda x: x.reshape(rows, *x.shape[2:]), aux)), grads
+
+    def step(state: TrainState, frozen: Any, batch: batches.PackedBatch):
+        weight_RS = _pair_weight(batch, _chosen_tokens(batch) if token_weighted else None)
+        total_weight = jnp.maximum(weight_RS.sum(), 1e-8)
+        (value, (stats, pairs)), grads = whole(state.params, frozen, batch, total_weight)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {
+            "loss": value,
+            "grad_norm": optax.tree.norm(grads),
+            "num_tokens": jnp.sum(batch.segment_RT > 0).astype(jnp.float32),
+            **pair_metrics(stats, batch.ref_logps_RS2, weight_RS, loss.beta),
+        }
+        return TrainState(state.step + 1, params, opt_state), StepOutput(metrics, pairs)
+
+    return step
+
+
+def make_stats_step(logps_fn: logprobs.LogpsFn):
+    """Makes a forward-only `step(params, frozen, batch) -> SequenceStats` of [R, S, 2] arrays.
+
+    The reference pass and the preference evaluation are this step.
+    """
+
+    def step(params: Any, frozen: Any, batch: batches.PackedBatch) -> logprobs.SequenceStats:
+        return jax.lax.stop_gradient(logps_fn(params, frozen, batch))
+
+    return step
+
+
+def make_score_step(logps_fn: logprobs.LogpsFn, score_fn: ScoreFn):
+    """Makes a forward-only `step(params, frozen, batch) -> PairScores` of [R, S] arrays."""
+
+    def step(params: Any, frozen: Any, batch: batches.PackedBatch) -> scores.PairScores:
+        stats = jax.lax.stop_gradient(logps_fn(params, frozen, batch))
+        return score_fn(stats, batch.ref_logps_RS2)
+
+    return step
+
+
+def make_eval_step(logps_fn: logprobs.LogpsFn, loss: losses.Loss):
+    """Makes a forward-only evaluation step.
+
+    Args:
+        logps_fn: as in `make_train_step`.
+        loss: the pair loss to report.
+
+    Returns:
+        An un-jitted `step(params, frozen, batch) -> (SequenceStats, loss_RS)`. Unreduced, so that
+        the mean over many batches is the mean over pairs, not over batches.
+    """
+
+    def step(params: Any, frozen: Any, batch: batches.PackedBatch):
+        stats = jax.lax.stop_gradient(logps_fn(params, frozen, batch))
+        loss_RS = pair_losses(loss, stats, batch.ref_logps_RS2)
+        return stats, jnp.where(batch.pair_RS >= 0, loss_RS, 0.0)
+
+    return step

@@ -1,0 +1,220 @@
+"""From records to the flat arrays of token ids that everything after reads."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from sage_jax.data import records as records_lib
+from sage_jax.data import texts
+
+CHUNK = 2048  # rows whose texts are in memory at once
+ON_LONG = ("cut", "drop")
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EncodedPairs:
+    """Token ids of N pairs, one after the other in flat arrays.
+
+    Sequence q = 2 * i + side is `tokens[offset[q] : offset[q + 1]]`, prompt and completion; the
+    rejected side of a supervised example is empty.
+
+    Attributes:
+      tokens: int32 [total].
+      offset: int64 [2N + 1].
+      start_N2: int32 [N, 2], index inside the sequence of its first completion token, at least 1
+        (0 for an empty side).
+      digest_N16: uint8 [N, 16], hash of the pair's ids and starts: its identity, wherever it
+        stands and whatever file it comes from.
+      columns: numbers the rows carried, float64 [N], nan where a row had none.
+      origin: "file:line" of each pair.
+      row_N: int64 [N], index of each pair in the records it was encoded from.
+      ref_logps_N2: float32 [N, 2] log-probabilities in nats that came with pre-tokenised rows, nan
+        where a row had none or was cut; None if no row had any.
+      dropped: pairs left out, by reason.
+      cut: sequences shortened to the maximum length, by side.
+      merges: pairs whose prompt, tokenised alone, is no prefix of the whole.
+      skipped, ignored_columns: what reading the records left out.
+    """
+
+    tokens: np.ndarray
+    offset: np.ndarray
+    start_N2: np.ndarray
+    digest_N16: np.ndarray
+    columns: dict[str, np.ndarray]
+    origin: list[str]
+    row_N: np.ndarray
+    ref_logps_N2: np.ndarray | None = None
+    dropped: dict[str, int] = field(default_factory=dict)
+    cut: dict[str, int] = field(default_factory=dict)
+    merges: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+    ignored_columns: dict[str, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.start_N2)
+
+    @property
+    def lengths_N2(self) -> np.ndarray:
+        """int64 [N, 2], tokens of each sequence, prompt included."""
+        return np.diff(self.offset).reshape(-1, 2)
+
+    def sequence(self, i: int, side: int) -> tuple[np.ndarray, int]:
+        """Token ids (int32) of one side of pair i, and where its completion begins."""
+        q = 2 * i + side
+        return self.tokens[self.offset[q] : self.offset[q + 1]], int(self.start_N2[i, side])
+
+
+def encode(
+    records: records_lib.Records,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    append_eos: bool = True,
+    on_long: str = "cut",
+) -> EncodedPairs:
+    """Tokenises records.
+
+    Standard rows are tokenised as prompt + completion with the tokenizer's special tokens, and end
+    with EOS (appended where missing). Conversational rows are rendered by the chat template, which
+    places all special tokens itself. A prompt of no tokens becomes BOS, or EOS where there is no
+    BOS, since the first token of a completion needs something to be predicted from. Pre-tokenised
+    rows are taken as they are.
+
+    A pair whose prompt alone reaches `max_length` is dropped. Otherwise a longer side is cut at its
+    end, by itself, which leaves at least one completion token; `on_long="drop"` drops the pair
+    instead. Both are counted.
+
+    Args:
+      records: what `records.read` returned.
+      tokenizer: a transformers tokenizer, with a chat template for conversational rows; may be
+        None if all rows are pre-tokenised.
+      max_length: most tokens of prompt and completion together.
+      append_eos: whether standard completions end with EOS.
+      on_long: "cut" or "drop".
+
+    Returns:
+      The encoded pairs, in the order of the records.
+
+    Raises:
+      ValueError: if a row cannot be rendered, an option is out of range, or no pair is left.
+    """
+    if max_length < 2:
+        raise ValueError(f"max_length={max_length} leaves no completion; give at least 2 tokens.")
+    if on_long not in ON_LONG:
+        raise ValueError(f"on_long={on_long!r} is unknown; expected 'cut' or 'drop'.")
+    rows = records.rows
+    if tokenizer is None and any(row.ids is None for row in rows):
+        raise ValueError("Rows of text need a tokenizer; give one, or pre-tokenised rows.")
+    builder = _Builder(max_length, drop_long=on_long == "drop")
+    for first in range(0, len(rows), CHUNK):
+        chunk = rows[first : first + CHUNK]
+        for i, sides in enumerate(texts.sides(chunk, tokenizer, append_eos), first):
+            builder.add(i, rows[i], sides)
+    if builder.lost_at is not None:
+        i, lost = builder.lost_at
+        log.warning(
+            "The prompt is not a prefix of prompt + completion in tokens in %d of %d pairs, first "
+            "at %s, where %r is lost at its end: the chat template renders it differently, or "
+            "tokens merge across the boundary. Completions start where the two diverge.",
+            builder.merges,
+            len(rows),
+            rows[i].origin,
+            tokenizer.decode(lost),
+        )
+    return builder.build(records, max_length)
+
+
+class _Builder:
+    """Collects encoded rows into flat arrays, cutting and dropping by the length rules."""
+
+    def __init__(self, max_length: int, *, drop_long: bool):
+        self.max_length, self.drop_long = max_length, drop_long
+        self.parts: list[np.ndarray] = []
+        self.lengths: list[int] = []
+        self.starts: list[tuple[int, int]] = []
+        self.digests: list[bytes] = []
+        self.kept: list[int] = []
+        self.whole: list[bool] = []  # neither side was cut
+        self.dropped: Counter[str] = Counter()
+        self.cut: Counter[str] = Counter()
+        self.merges = 0
+        self.lost_at: tuple[int, Sequence[int]] | None = None
+
+    def add(self, i: int, row: records_lib.Record, sides: texts.Sides) -> None:
+        if sides.lost:
+            self.merges += 1
+            self.lost_at = self.lost_at or (i, sides.lost)
+        sequences = [sides.chosen] if sides.rejected is None else [sides.chosen, sides.rejected]
+        reason = self._why_dropped(sequences, sides.start)
+        if reason:
+            self.dropped[reason] += 1
+            return
+        long = [len(ids) > self.max_length for ids in sequences]
+        self.cut.update(
+            side for side, cut in zip(("chosen", "rejected"), long, strict=False) if cut
+        )
+        arrays = [np.asarray(ids[: self.max_length], np.int32) for ids in sequences]
+        starts = (sides.start, sides.start if len(arrays) == 2 else 0)
+        arrays += [np.zeros(0, np.int32)] * (2 - len(arrays))
+        head = np.array([len(arrays[0]), len(arrays[1]), *starts], np.int32)
+        content = head.tobytes() + arrays[0].tobytes() + arrays[1].tobytes()
+        self.digests.append(hashlib.blake2b(content, digest_size=16).digest())
+        self.parts += arrays
+        self.lengths += [len(arrays[0]), len(arrays[1])]
+        self.starts.append(starts)
+        self.kept.append(i)
+        self.whole.append(not any(long))
+
+    def _why_dropped(self, sequences: Sequence[Sequence[int]], start: int) -> str | None:
+        if start >= self.max_length:
+            return "prompt reaches max_length"
+        if any(len(ids) <= start for ids in sequences):
+            return "empty completion"
+        if self.drop_long and any(len(ids) > self.max_length for ids in sequences):
+            return "longer than max_length"
+        return None
+
+    def build(self, records: records_lib.Records, max_length: int) -> EncodedPairs:
+        if not self.kept:
+            raise ValueError(
+                f"max_length={max_length} leaves none of {len(records)} pairs "
+                f"({dict(self.dropped)}); raise it."
+            )
+        rows = [records.rows[i] for i in self.kept]
+        names = sorted({name for row in rows for name in row.columns})
+        columns = {
+            name: np.array([row.columns.get(name, np.nan) for row in rows], np.float64)
+            for name in names
+        }
+        return EncodedPairs(
+            tokens=np.concatenate(self.parts),
+            offset=np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64),
+            start_N2=np.array(self.starts, np.int32),
+            digest_N16=np.frombuffer(b"".join(self.digests), np.uint8).reshape(-1, 16).copy(),
+            columns=columns,
+            origin=[row.origin for row in rows],
+            row_N=np.array(self.kept, np.int64),
+            ref_logps_N2=_ref_logps(rows, self.whole),
+            dropped=dict(self.dropped),
+            cut=dict(self.cut),
+            merges=self.merges,
+            skipped=dict(records.skipped),
+            ignored_columns=dict(records.ignored_columns),
+        )
+
+
+def _ref_logps(rows: Sequence[records_lib.Record], whole: Sequence[bool]) -> np.ndarray | None:
+    """Log-probabilities that came with the rows; those of a cut row belong to other tokens."""
+    given = np.full((len(rows), 2), np.nan, np.float32)
+    for i, (row, uncut) in enumerate(zip(rows, whole, strict=True)):
+        if row.ids is not None and row.ids.ref_logps is not None and uncut:
+            given[i] = row.ids.ref_logps
+    return None if np.isnan(given).all() else given

@@ -1,0 +1,1 @@
+"""Runnable experiments, one a file: each starts from `config.default()` and changes little."""

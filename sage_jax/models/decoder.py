@@ -27,7 +27,7 @@ from sage_jax.models import spec as spec_lib
 Params = Any  # nested dict of arrays
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 REMAT: dict[str, Any] = {
-    "none": None,  # keep every intermediate: fastest where memory allows
+    "none": None,  # keep every intermediate
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep linear maps' outputs
     "full": jax.checkpoint_policies.nothing_saveable,  # keep the layer inputs only
 }
@@ -102,7 +102,8 @@ class Model:
     Attributes:
       spec: the architecture.
       dtype: compute dtype, "float32" or "bfloat16"; parameters are float32 either way.
-      remat: what the backward pass recomputes: "none", "dots" (all but the linear maps) or "full".
+      remat: what the backward pass recomputes: "none", "dots" (all but the linear maps; the fastest
+        on CPU too, where storing every intermediate costs more than computing it) or "full".
       constrain: applied to the residual stream [R, T, D] after the embedding and after each layer;
         under a mesh, a function that calls `jax.lax.with_sharding_constraint`. None: nothing.
 
@@ -115,7 +116,7 @@ class Model:
 
     spec: spec_lib.ModelSpec
     dtype: str = "float32"
-    remat: str = "none"
+    remat: str = "dots"
     constrain: Callable[[jax.Array], jax.Array] | None = None
 
     def __post_init__(self) -> None:

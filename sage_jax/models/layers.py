@@ -80,15 +80,23 @@ def causal_segment_mask(segment_RT: jax.Array) -> jax.Array:
 
 
 def attend(q_BTHE: jax.Array, key: jax.Array, value: jax.Array, mask_BTT: jax.Array) -> jax.Array:
-    """Grouped-query attention with a float32 softmax; keys and values are [B, T, G, E]."""
+    """Grouped-query attention with a float32 softmax; keys and values are [B, T, G, E].
+
+    Written as batched matrix products whose two batch axes come first: the same sums as one einsum
+    per product, but XLA's CPU backend differentiates them about a tenth faster.
+    """
     batch, length, heads, width = q_BTHE.shape
     groups = key.shape[2]
-    q = q_BTHE.reshape(batch, length, groups, heads // groups, width) * width**-0.5
-    logits = jnp.einsum("btghe,bsge->bghts", q, key, preferred_element_type=jnp.float32)
+    shared = heads // groups
+    q = (q_BTHE * width**-0.5).transpose(0, 2, 1, 3)
+    q = q.reshape(batch, groups, shared * length, width)
+    logits = jnp.matmul(q, key.transpose(0, 2, 3, 1), preferred_element_type=jnp.float32)
+    logits = logits.reshape(batch, groups, shared, length, length)
     logits = jnp.where(mask_BTT[:, None, None], logits, jnp.finfo(jnp.float32).min)
     weight = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-    out = jnp.einsum("bghts,bsge->btghe", weight, value)
-    return out.reshape(batch, length, heads * width)
+    weight = weight.reshape(batch, groups, shared * length, length)
+    out = jnp.matmul(weight, value.transpose(0, 2, 1, 3)).reshape(batch, heads, length, width)
+    return out.transpose(0, 2, 1, 3).reshape(batch, length, heads * width)
 
 
 def attend_cached(
@@ -134,13 +142,30 @@ class RMSNorm(nn.Module):
         return (x * scale).astype(self.dtype)
 
 
-def dense(features: int, *, bias: bool, name: str, dtype: Any, gain: float = 1.0) -> nn.Dense:
+def _flat_dot_general(
+    lhs: jax.Array, rhs: jax.Array, dimension_numbers: Any, precision: Any = None, **kwargs: Any
+) -> jax.Array:
+    """`lhs @ rhs` with the leading axes of `lhs` merged.
+
+    XLA's CPU backend runs the kernel's gradient three times slower when it contracts over two
+    axes. Merging keeps a sharded row axis sharded: it is the major one.
+    """
+    flat = lhs.reshape(-1, lhs.shape[-1])
+    dims = (((1,), (0,)), ((), ()))
+    out = jax.lax.dot_general(flat, rhs, dims, precision=precision, **kwargs)
+    return out.reshape(*lhs.shape[:-1], rhs.shape[-1])
+
+
+def dense(
+    features: int, *, bias: bool | None, name: str, dtype: Any, gain: float = 1.0
+) -> nn.Dense:
     """A linear map with float32 parameters; at initialisation its output variance is `gain`."""
     return nn.Dense(
         features,
         use_bias=bool(bias),
         dtype=dtype,
         name=name,
+        dot_general=_flat_dot_general,
         kernel_init=nn.initializers.variance_scaling(gain, "fan_in", "truncated_normal"),
     )
 

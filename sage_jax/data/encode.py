@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sage_jax.data import cache, texts
 from sage_jax.data import records as records_lib
-from sage_jax.data import texts
 
 CHUNK = 2048  # rows whose texts are in memory at once
 ON_LONG = ("cut", "drop")
+VERSION = 1  # of the rules below: raise it when the same rows would give other ids
 log = logging.getLogger(__name__)
 
 
@@ -218,3 +222,93 @@ def _ref_logps(rows: Sequence[records_lib.Record], whole: Sequence[bool]) -> np.
         if row.ids is not None and row.ids.ref_logps is not None and uncut:
             given[i] = row.ids.ref_logps
     return None if np.isnan(given).all() else given
+
+
+def encode_cached(
+    source: records_lib.Source | records_lib.Records,
+    tokenizer: Any,
+    *,
+    cache_dir: str | Path,
+    max_length: int,
+    append_eos: bool = True,
+    on_long: str = "cut",
+    format: str = "auto",
+    on_bad_row: str = "error",
+) -> EncodedPairs:
+    """`encode` of what `records.read` gives for a source, made once and kept on disk.
+
+    The entry is found by content: the bytes of the source, the tokenizer with its chat template,
+    and the options. On a hit the source is not even parsed.
+
+    Args:
+      source: what `records.read` takes, or the records it returned (then `format` and
+        `on_bad_row` are those it was read with, and are ignored here).
+      cache_dir: directory of the cache.
+      tokenizer, max_length, append_eos, on_long: as in `encode`.
+      format, on_bad_row: as in `records.read`.
+
+    Returns:
+      The encoded pairs, the same whether they come from the cache or not.
+
+    Raises:
+      ValueError: as `encode` and `records.read` do.
+    """
+    options = {"max_length": max_length, "append_eos": append_eos, "on_long": on_long}
+    reading = {"format": format, "on_bad_row": on_bad_row}
+    if isinstance(source, records_lib.Records):
+        content = source.fingerprint
+    else:
+        content = records_lib.fingerprint(source, **reading)
+    name = cache.key(
+        version=VERSION,
+        source=content,
+        tokenizer=tokenizer_fingerprint(tokenizer),
+        **options,
+    )
+    found = cache.fetch(cache_dir, name)
+    if found is not None:
+        return _from_cache(*found)
+    rows = source
+    if not isinstance(rows, records_lib.Records):
+        rows = records_lib.read(rows, **reading)
+    encoded = encode(rows, tokenizer, max_length=max_length, append_eos=append_eos, on_long=on_long)
+    cache.store(cache_dir, name, *_to_cache(encoded))
+    return encoded
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Hash of all that decides how a tokenizer turns text and chats into ids; "" for None."""
+    if tokenizer is None:
+        return ""
+    import transformers
+
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    del backend["truncation"], backend["padding"]  # left over from earlier calls, without effect
+    return cache.key(
+        backend=backend,
+        template=tokenizer.chat_template,
+        special={name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        transformers=transformers.__version__,
+    )
+
+
+ARRAY_FIELDS = ("tokens", "offset", "start_N2", "digest_N16", "row_N", "ref_logps_N2")
+
+
+def _to_cache(encoded: EncodedPairs) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    values = {f.name: getattr(encoded, f.name) for f in dataclasses.fields(encoded)}
+    arrays = {f"columns/{name}": column for name, column in values.pop("columns").items()}
+    for name in ARRAY_FIELDS:
+        array = values.pop(name)
+        arrays.update({} if array is None else {name: array})
+    return arrays, values
+
+
+def _from_cache(arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> EncodedPairs:
+    columns = {
+        name.removeprefix("columns/"): array
+        for name, array in sorted(arrays.items())
+        if name.startswith("columns/")
+    }
+    fields: dict[str, Any] = {name: arrays.get(name) for name in ARRAY_FIELDS}
+    return EncodedPairs(columns=columns, **fields, **meta)

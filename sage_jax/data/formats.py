@@ -189,11 +189,10 @@ def template_options(row: Row) -> dict[str, Any]:
                 raise canonical.BadRowError(
                     "wrong type", f"'{column}' is not valid JSON ({e})"
                 ) from e
-        if not value:
-            continue
-        if not isinstance(value, kind):
+        if value and not isinstance(value, kind):
             raise canonical.wrong_type(column, value, f"a {kind.__name__}")
-        options.update({"tools": value} if column == "tools" else value)
+        if value:
+            options |= {"tools": value} if column == "tools" else dict(value)
     return options
 
 

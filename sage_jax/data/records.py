@@ -10,7 +10,7 @@ import hashlib
 import json
 import numbers
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,18 +101,20 @@ def read(source: Source, *, format: str = "auto", on_bad_row: str = "error") -> 
     skipped: Counter[str] = Counter()
     examples: list[str] = []
     ignored: Counter[str] = Counter()
-    digest = hashlib.blake2b(repr((format, on_bad_row)).encode(), digest_size=16)
-    for origin, row in _raw_rows(source, digest):
-        try:
-            record, unused = _record(row, origin, format)
-        except canonical.BadRowError as e:
-            if on_bad_row == "error":
-                raise ValueError(f"{origin}: {e}.") from e
-            skipped[e.reason] += 1
-            examples += [f"{origin}: {e}."] if len(examples) < 5 else []
-            continue
-        rows.append(record)
-        ignored.update(unused)
+    digest = _new_digest(format, on_bad_row)
+    for content, block in _blocks(source):
+        digest.update(content)
+        for origin, row in block:
+            try:
+                record, unused = _record(row, origin, format)
+            except canonical.BadRowError as e:
+                if on_bad_row == "error":
+                    raise ValueError(f"{origin}: {e}.") from e
+                skipped[e.reason] += 1
+                examples += [f"{origin}: {e}."] if len(examples) < 5 else []
+                continue
+            rows.append(record)
+            ignored.update(unused)
     if not rows:
         raise ValueError(
             f"{_name(source)} holds no usable row ({sum(skipped.values())} skipped: "
@@ -151,17 +153,31 @@ def _name(source: Source) -> str:
     return f"'{source}'" if isinstance(source, str | Path) else "the data"
 
 
-def _raw_rows(source: Source, digest: Any) -> Iterator[tuple[str, Any]]:
-    """Yields (origin, row or BadRowError) and feeds every byte read to the digest."""
+def fingerprint(source: Source, *, format: str = "auto", on_bad_row: str = "error") -> str:
+    """What `read(...).fingerprint` would be, without parsing: a hash of the bytes and options."""
+    digest = _new_digest(format, on_bad_row)
+    for content, _ in _blocks(source):
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def _new_digest(format: str, on_bad_row: str) -> Any:
+    return hashlib.blake2b(repr((format, on_bad_row)).encode(), digest_size=16)
+
+
+def _blocks(source: Source) -> Iterator[tuple[bytes, Iterable[tuple[str, Any]]]]:
+    """Yields the bytes of a file or of a dict, and its (origin, row or BadRowError) pairs."""
     if isinstance(source, str | Path):
-        yield from _file_rows(_files(Path(source)), digest)
-    elif all(isinstance(item, str | Path) for item in source):
-        files = [file for item in source for file in _files(Path(item))]  # type: ignore[arg-type]
-        yield from _file_rows(files, digest)
+        source = [source]
+    if all(isinstance(item, str | Path) for item in source):
+        for item in source:
+            for file in _files(Path(item)):  # type: ignore[arg-type]
+                data = file.read_bytes()
+                yield json.dumps([str(file), len(data)]).encode() + data, _file_rows(file, data)
     else:
         for i, row in enumerate(source):
-            digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
-            yield f"row {i}", row
+            content = json.dumps(row, sort_keys=True, default=str).encode()
+            yield content + b"\n", [(f"row {i}", row)]
 
 
 def _files(path: Path) -> list[Path]:
@@ -179,16 +195,12 @@ def _files(path: Path) -> list[Path]:
     return found
 
 
-def _file_rows(files: Sequence[Path], digest: Any) -> Iterator[tuple[str, Any]]:
-    for file in files:
-        data = file.read_bytes()
-        digest.update(json.dumps([str(file), len(data)]).encode() + data)
-        if file.suffix == ".parquet":
-            yield from _parquet_rows(file, data)
-        elif file.suffix == ".json" and data.lstrip()[:1] != b"{":
-            yield from _json_rows(file, data)
-        else:  # also .json files that hold one object a line
-            yield from _jsonl_rows(file, data)
+def _file_rows(file: Path, data: bytes) -> Iterator[tuple[str, Any]]:
+    if file.suffix == ".parquet":
+        return _parquet_rows(file, data)
+    if file.suffix == ".json" and data.lstrip()[:1] != b"{":
+        return _json_rows(file, data)
+    return _jsonl_rows(file, data)  # also .json files that hold one object a line
 
 
 def _jsonl_rows(file: Path, data: bytes) -> Iterator[tuple[str, Any]]:

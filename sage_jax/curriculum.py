@@ -52,7 +52,11 @@ def init_memory(n: int) -> Memory:
 
 
 def remember(
-    memory: Memory, index_K: np.ndarray, pairs: scores.PairScores, round: int, trained: bool
+    memory: Memory,
+    index_K: np.ndarray,
+    pairs: scores.PairScores,
+    round: int,
+    trained: bool = False,
 ) -> Memory:
     """The memory after K pairs were seen.
 

@@ -12,7 +12,7 @@ from sage_jax.data import encode, records
 QUANTILES = (0.0, 0.5, 0.9, 0.99, 1.0)
 
 
-def report(rows: records.Records, encoded: encode.EncodedPairs) -> dict[str, Any]:
+def report(rows: records.Records, encoded: encode.EncodedPairs) -> tuple[dict[str, Any], str]:
     """Counts, lengths and defects of a data set.
 
     Args:
@@ -20,7 +20,8 @@ def report(rows: records.Records, encoded: encode.EncodedPairs) -> dict[str, Any
       encoded: what `encode.encode` made of them.
 
     Returns:
-      A JSON-serialisable dict; `text` prints it. "warnings" says in words what needs attention.
+      A JSON-serialisable dict, whose "warnings" say what needs attention, and the same as lines
+      for a terminal.
     """
     supervised = int(sum(row.rejected is None for row in rows.rows))
     completion_N2 = np.maximum(encoded.lengths_N2 - encoded.start_N2, 0)
@@ -52,7 +53,8 @@ def report(rows: records.Records, encoded: encode.EncodedPairs) -> dict[str, Any
         },
         "columns": {name: _summary(column) for name, column in encoded.columns.items()},
     }
-    return {**found, "warnings": _warnings(found)}
+    found["warnings"] = _warnings(found)
+    return found, _text(found)
 
 
 def _content_defects(encoded: encode.EncodedPairs) -> dict[str, int]:
@@ -118,8 +120,7 @@ def _warnings(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def text(found: dict[str, Any]) -> str:
-    """The report as lines for a terminal."""
+def _text(found: dict[str, Any]) -> str:
     lines = [
         f"{found['rows']} rows, {found['pairs']} encoded, {found['tokens']} tokens, "
         f"{found['distinct_prompts']} distinct prompts"

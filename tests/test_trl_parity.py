@@ -143,15 +143,16 @@ def tiny(tmp_path_factory):
     return models.load(folder, dtype="float32")
 
 
-def _pack(rows, ref_logps_N2, first, *, slots):
-    """`len(rows)` pairs, `slots` to a row, both sides of a pair one after the other."""
-    sides = [(r["prompt_ids"], r[f"{side}_ids"]) for r in rows for side in ("chosen", "rejected")]
-    length = max(len(p) + len(c) for p, c in sides)
+def _sides(row):
+    return [(row["prompt_ids"], row[f"{side}_ids"]) for side in ("chosen", "rejected")]
+
+
+def _pack(rows, ref_logps_N2, first, *, slots, length):
+    """`len(rows)` pairs, `slots` to a row; each side gets `length` tokens of its row."""
     packed = batches.empty(len(rows) // slots, 2 * slots * length, slots)
-    for i in range(len(rows)):
+    for i, pair in enumerate(rows):
         row, slot = divmod(i, slots)
-        for side in (batches.CHOSEN, batches.REJECTED):
-            prompt, completion = sides[2 * i + side]
+        for side, (prompt, completion) in enumerate(_sides(pair)):
             start = (2 * slot + side) * length
             end = start + len(prompt) + len(completion)
             packed.tokens_RT[row, start:end] = prompt + completion
@@ -166,8 +167,12 @@ def _pack(rows, ref_logps_N2, first, *, slots):
 
 def _batches(ref_logps_N2, *, slots):
     rows, size = make_trl.rows(), RUN["batch_pairs"]
+    length = max(
+        len(prompt) + len(completion) for row in rows for prompt, completion in _sides(row)
+    )
     return [
-        _pack(rows[i : i + size], ref_logps_N2, i, slots=slots) for i in range(0, len(rows), size)
+        _pack(rows[i : i + size], ref_logps_N2, i, slots=slots, length=length)
+        for i in range(0, len(rows), size)
     ]
 
 
@@ -199,8 +204,8 @@ def _optimizer():
     )
 
 
-def _train(model, params, *, slots, accumulate=1):
-    """Five steps; returns our metrics under TRL's names, and the state after the last step."""
+def _train(model, params, *, slots, accumulate):
+    """Five steps; returns our metrics under TRL's names, and the weights after the last step."""
     tx, schedule = _optimizer()
     loss = losses.sigmoid(beta=RUN["beta"])
     step = jax.jit(steps.make_train_step(_logps_fn(model), loss, tx, accumulate=accumulate))
@@ -212,7 +217,17 @@ def _train(model, params, *, slots, accumulate=1):
         tokens += float(output.metrics["num_tokens"])
         metrics = {name: float(value) for name, value in output.metrics.items()}
         history.append({**metrics, "learning_rate": rate, "num_tokens": tokens})
-    return history, state
+    return history, state.params
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(1, 1), (2, 1), (2, 2)],
+    ids=["padded", "packed", "packed and accumulated"],
+)
+def five_steps(request, tiny):
+    slots, accumulate = request.param
+    return _train(*tiny, slots=slots, accumulate=accumulate)
 
 
 def _hf_names(params) -> dict[str, np.ndarray]:
@@ -248,9 +263,8 @@ def test_both_sides_start_from_the_same_weights(tiny):
     _assert_same_tensors(_hf_names(params), GOLDEN["weights"], atol=1e-7)
 
 
-@pytest.mark.parametrize("slots", [1, 2], ids=["padded", "packed"])
-def test_five_steps_log_what_trl_logs(tiny, slots):
-    history, _ = _train(*tiny, slots=slots)
+def test_five_steps_log_what_trl_logs(five_steps):
+    history, _ = five_steps
     for number, (ours, theirs) in enumerate(zip(history, GOLDEN["metrics"], strict=True)):
         for name in make_trl.METRICS:
             np.testing.assert_allclose(
@@ -258,10 +272,15 @@ def test_five_steps_log_what_trl_logs(tiny, slots):
             )
 
 
-def test_first_step_has_loss_ln_2_and_no_accurate_pair(tiny):
-    (first, *_), _ = _train(*tiny, slots=2)
+def test_first_step_has_loss_ln_2_and_no_accurate_pair(five_steps):
+    (first, *_), _ = five_steps
     np.testing.assert_allclose(first["loss"], np.log(2), atol=1e-6)
     assert first["rewards/accuracies"] == 0.0 == first["rewards/margins"]
+
+
+def test_weights_after_five_steps_equal_trls(five_steps):
+    _, params = five_steps
+    _assert_same_tensors(_hf_names(params), GOLDEN["final_weights"], atol=1e-4)
 
 
 def test_first_gradient_equals_trls_tensor_by_tensor(tiny):
@@ -275,12 +294,6 @@ def test_first_gradient_equals_trls_tensor_by_tensor(tiny):
 
     gradient = _hf_names(jax.jit(jax.grad(objective))(params))
     _assert_same_tensors(gradient, GOLDEN["first_gradient"], atol=1e-5)
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_weights_after_five_steps_equal_trls(tiny, accumulate):
-    _, state = _train(*tiny, slots=2, accumulate=accumulate)
-    _assert_same_tensors(_hf_names(state.params), GOLDEN["final_weights"], atol=1e-4)
 
 
 # ----------------------------------------------------------------------- the golden numbers, live

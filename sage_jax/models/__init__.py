@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sage_jax.models.decoder import Cache as Cache
     from sage_jax.models.decoder import Model as Model
-    from sage_jax.models.hf import export as export
-    from sage_jax.models.hf import fingerprint as fingerprint
+    from sage_jax.models.exporter import export as export
     from sage_jax.models.hf import load as load
     from sage_jax.models.spec import ModelSpec as ModelSpec
     from sage_jax.models.spec import RopeScaling as RopeScaling
+    from sage_jax.models.tensors import fingerprint as fingerprint
     from sage_jax.models.tokenizer import load_tokenizer as load_tokenizer
 
 _HOME = {
@@ -24,8 +24,8 @@ _HOME = {
     "Model": "decoder",
     "ModelSpec": "spec",
     "RopeScaling": "spec",
-    "export": "hf",
-    "fingerprint": "hf",
+    "export": "exporter",
+    "fingerprint": "tensors",
     "load": "hf",
     "load_tokenizer": "tokenizer",
 }

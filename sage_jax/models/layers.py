@@ -22,6 +22,11 @@ Rotation = tuple[jax.Array, jax.Array]  # cos and sin, float32 [B, T, 1, E]
 KeyValue = tuple[jax.Array, jax.Array]  # keys and values, [B, T, G, E]
 
 
+def frequencies(theta: float, width: int) -> np.ndarray:
+    """Unscaled rotary frequencies of a head of `width` channels, float64 [width / 2]."""
+    return theta ** -(np.arange(0, width, 2, dtype=np.float64) / width)
+
+
 def rope_frequencies(spec: spec_lib.ModelSpec) -> np.ndarray:
     """Angular frequencies of the rotary embedding, radians per position.
 
@@ -38,8 +43,7 @@ def rope_frequencies(spec: spec_lib.ModelSpec) -> np.ndarray:
     >>> rope_frequencies(spec).tolist()
     [1.0, 0.1]
     """
-    exponent = np.arange(0, spec.head_dim, 2, dtype=np.float64) / spec.head_dim
-    frequency = spec.rope_theta**-exponent
+    frequency = frequencies(spec.rope_theta, spec.head_dim)
     if spec.rope_scaling is None:
         return frequency
     return frequency / spec.rope_scaling.divisors(frequency)

@@ -1,0 +1,188 @@
+"""Where every parameter lives in a file: one table for reading and writing all formats."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sage_jax.models import decoder
+from sage_jax.models import spec as spec_lib
+
+
+class Tensor(NamedTuple):
+    """One parameter and its names; `{}` in a name stands for the layer."""
+
+    path: str  # in our tree
+    hf: str
+    gguf: str
+    transposed: bool = False  # files hold [out, in], we hold [in, out]
+
+
+def _linear(path: str, hf: str, gguf: str) -> tuple[Tensor, Tensor]:
+    return (
+        Tensor(f"{path}/kernel", f"{hf}.weight", f"{gguf}.weight", transposed=True),
+        Tensor(f"{path}/bias", f"{hf}.bias", f"{gguf}.bias"),
+    )
+
+
+TENSORS: tuple[Tensor, ...] = (
+    Tensor("embed/embedding", "model.embed_tokens.weight", "token_embd.weight"),
+    Tensor(
+        "layers/attention_norm/scale",
+        "model.layers.{}.input_layernorm.weight",
+        "blk.{}.attn_norm.weight",
+    ),
+    *_linear("layers/attention/q", "model.layers.{}.self_attn.q_proj", "blk.{}.attn_q"),
+    *_linear("layers/attention/k", "model.layers.{}.self_attn.k_proj", "blk.{}.attn_k"),
+    *_linear("layers/attention/v", "model.layers.{}.self_attn.v_proj", "blk.{}.attn_v"),
+    *_linear("layers/attention/o", "model.layers.{}.self_attn.o_proj", "blk.{}.attn_output"),
+    Tensor(
+        "layers/mlp_norm/scale",
+        "model.layers.{}.post_attention_layernorm.weight",
+        "blk.{}.ffn_norm.weight",
+    ),
+    *_linear("layers/mlp/gate", "model.layers.{}.mlp.gate_proj", "blk.{}.ffn_gate"),
+    *_linear("layers/mlp/up", "model.layers.{}.mlp.up_proj", "blk.{}.ffn_up"),
+    *_linear("layers/mlp/down", "model.layers.{}.mlp.down_proj", "blk.{}.ffn_down"),
+    Tensor("final_norm/scale", "model.norm.weight", "output_norm.weight"),
+    Tensor("lm_head/kernel", "lm_head.weight", "output.weight", transposed=True),
+)
+# Derived from the config, or a copy: safe to leave unread.
+_IGNORED = re.compile(
+    r"rotary_emb\.inv_freq$|^rope_freqs\.weight$|^lm_head\.weight$|^output\.weight$"
+)
+
+
+def shapes(spec: spec_lib.ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter of a model by path, without building it."""
+    tree = jax.eval_shape(decoder.Model(spec).init, jax.random.key(0))
+    return {path: leaf.shape for path, leaf in leaves(tree)}
+
+
+def leaves(params: decoder.Params) -> Iterator[tuple[str, Any]]:
+    """(path, leaf) of a parameter tree, in sorted order of the paths.
+
+    >>> [path for path, _ in leaves({"b": {"x": 1}, "a": 2})]
+    ['a', 'b/x']
+    """
+    found = {}
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
+        found["/".join(key.key for key in keys)] = leaf
+    return iter(sorted(found.items()))
+
+
+def present(spec: spec_lib.ModelSpec) -> list[tuple[Tensor, tuple[int, ...]]]:
+    """The table's rows that this model has, with the shape of the whole parameter."""
+    shape = shapes(spec)
+    return [(row, shape[row.path]) for row in TENSORS if row.path in shape]
+
+
+def is_stacked(row: Tensor) -> bool:
+    """Whether the parameter has a leading layer axis."""
+    return "{}" in row.hf
+
+
+def slices(spec: spec_lib.ModelSpec) -> list[tuple[Tensor, int]]:
+    """Every tensor a file of this model holds, as (row of the table, layer)."""
+    return [
+        (row, layer)
+        for row, shape in present(spec)
+        for layer in range(shape[0] if is_stacked(row) else 1)
+    ]
+
+
+def check_names(
+    expected: Collection[str], found: Collection[str], origin: str, config: str
+) -> None:
+    """Compares the tensor names of a file with those a model needs.
+
+    Raises:
+      ValueError: if some are missing, or there are some the model has no place for.
+    """
+    missing = sorted(set(expected) - set(found))
+    if missing:
+        raise ValueError(
+            f"{origin}: {len(missing)} tensors are missing, the first {missing[:3]}. {config} "
+            f"promises them; the file is incomplete or belongs to another model."
+        )
+    extra = sorted(n for n in set(found) - set(expected) if not _IGNORED.search(n))
+    if extra:
+        raise ValueError(
+            f"{origin}: {len(extra)} tensors have no place in the model, the first {extra[:3]}. "
+            f"{config} does not announce them, and leaving them out would change the outputs."
+        )
+
+
+def assemble(
+    spec: spec_lib.ModelSpec, read: Callable[[Tensor, int], np.ndarray], origin: str
+) -> decoder.Params:
+    """Builds the parameter tree from single tensors, one in memory at a time.
+
+    Args:
+      spec: the model.
+      read: returns the tensor of a row and layer as float32 in Hugging Face's layout; the layer is
+        0 for rows without one.
+      origin: the file, for messages.
+
+    Returns:
+      Nested dict of float32 arrays.
+
+    Raises:
+      ValueError: if a tensor's shape is not the one the spec implies.
+    """
+    params: dict[str, Any] = {}
+    for row, shape in present(spec):
+        stacked = np.empty(shape if is_stacked(row) else (1, *shape), np.float32)
+        for layer in range(len(stacked)):
+            value = read(row, layer)
+            value = value.T if row.transposed else value
+            if value.shape != stacked.shape[1:]:
+                raise ValueError(
+                    f"{origin}: {row.hf.format(layer)} (GGUF {row.gguf.format(layer)}) gives "
+                    f"{row.path} the shape {value.shape}, but the config implies "
+                    f"{stacked.shape[1:]}. The weights belong to another config."
+                )
+            stacked[layer] = value
+        node = params
+        *folders, leaf = row.path.split("/")
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        node[leaf] = jnp.asarray(stacked if is_stacked(row) else stacked[0])
+    return params
+
+
+def to_host(leaf: Any) -> np.ndarray:
+    """The whole array on this host, wherever its shards are; every process must call it."""
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        from jax.experimental import multihost_utils
+
+        leaf = multihost_utils.process_allgather(leaf, tiled=True)
+    return np.asarray(leaf)
+
+
+def fingerprint(params: decoder.Params) -> str:
+    """A name for these weights: equal for equal bits, wherever and however they are sharded.
+
+    Args:
+      params: parameter tree; with several processes every one must call this.
+
+    Returns:
+      32 hexadecimal digits, over paths, shapes, dtypes and bytes.
+
+    >>> fingerprint({"w": np.zeros(2)}) == fingerprint({"w": np.zeros(2)})
+    True
+    >>> fingerprint({"w": np.zeros(2)}) == fingerprint({"w": np.ones(2)})
+    False
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for path, leaf in leaves(params):
+        value = np.ascontiguousarray(to_host(leaf))
+        digest.update(f"{path} {value.dtype.name} {value.shape};".encode())
+        digest.update(value.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()

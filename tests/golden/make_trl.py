@@ -188,20 +188,11 @@ def _model():
     return model.float()
 
 
-def _trainer(output_dir: str):
-    """A DPOTrainer in the order of the rows that keeps each step's gradients, before clipping."""
-    import datasets
+def _settings(output_dir: str):
+    """RUN in TRL's words, and everything off that would change the numbers."""
     import trl
 
-    class Recording(trl.DPOTrainer):
-        gradients: list[dict[str, np.ndarray]]
-
-        def training_step(self, model, *args, **kwargs):
-            loss = super().training_step(model, *args, **kwargs)
-            self.gradients.append({n: p.grad.numpy().copy() for n, p in model.named_parameters()})
-            return loss
-
-    args = trl.DPOConfig(
+    return trl.DPOConfig(
         output_dir=output_dir,
         max_steps=RUN["steps"],
         per_device_train_batch_size=RUN["batch_pairs"],
@@ -225,10 +216,25 @@ def _trainer(output_dir: str):
         report_to="none",
         disable_tqdm=True,
     )
+
+
+def _trainer(output_dir: str):
+    """A DPOTrainer in the order of the rows that keeps each step's gradients, before clipping."""
+    import datasets
+    import trl
+
+    class Recording(trl.DPOTrainer):
+        gradients: list[dict[str, np.ndarray]]
+
+        def training_step(self, model, *args, **kwargs):
+            loss = super().training_step(model, *args, **kwargs)
+            self.gradients.append({n: p.grad.numpy().copy() for n, p in model.named_parameters()})
+            return loss
+
     trainer = Recording(
         model=_model(),
         ref_model=_model(),
-        args=args,
+        args=_settings(output_dir),
         train_dataset=datasets.Dataset.from_list(_text_rows()),
         processing_class=_tokenizer(),
     )

@@ -28,6 +28,8 @@ class Series(NamedTuple):
     low: Sequence[float | None] | None = None  # ends of a band round the line
     high: Sequence[float | None] | None = None
     smooth: int = 1  # points of a moving mean; the points themselves are then drawn faintly
+    colour: int | None = None  # index into COLOURS; by default the place in the chart
+    dashed: bool = False
 
 
 class Point(NamedTuple):
@@ -46,6 +48,7 @@ class Line(NamedTuple):
     colour: str
     points: list[Point]
     smooth: int
+    dash: str  # as SVG knows it
 
 
 class Frame(NamedTuple):
@@ -101,7 +104,7 @@ def line_chart(
     ''
     """
     lines = [
-        Line(s.name, COLOURS[i % len(COLOURS)], points, s.smooth)
+        Line(s.name, _colour(i, s), points, s.smooth, "5 3" if s.dashed else "none")
         for i, s in enumerate(series)
         if (points := _points(s))
     ]
@@ -142,11 +145,13 @@ def ticks(low: float, high: float, count: int) -> list[float]:
     """
     if high - low <= 1e-9 * max(abs(low), abs(high)):
         step = 10.0 ** math.floor(math.log10(abs(low))) if low else 1.0
-        return [low - step, low, low + step]
-    rough = (high - low) / count
-    unit = 10.0 ** math.floor(math.log10(rough))
-    step = next(m * unit for m in (1, 2, 2.5, 5, 10) if m * unit >= rough * 0.999)
+    else:
+        rough = (high - low) / count
+        unit = 10.0 ** math.floor(math.log10(rough))
+        step = next(m * unit for m in (1, 2, 2.5, 5, 10) if m * unit >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    if first == last:
+        first, last = first - 1, last + 1
     return [float(f"{i * step:.12g}") for i in range(first, last + 1)]  # 0.3, not 0.30000000000004
 
 
@@ -191,12 +196,13 @@ def _mean(points: Sequence[Point]) -> Point:
 
 
 def _smoothed(points: list[Point], window: int) -> list[Point]:
-    """Centred moving means; at the ends over fewer points, so that no trend is invented."""
-    found = []
-    for i in range(len(points)):
-        half = min(window // 2, i, len(points) - 1 - i)
-        found.append(_mean(points[i - half : i + half + 1]))
-    return found
+    """Moving means over whole windows: shorter at the ends, where fewer points would be noise."""
+    window = min(window, len(points))
+    return [_mean(points[i : i + window]) for i in range(len(points) - window + 1)]
+
+
+def _colour(place: int, series: Series) -> str:
+    return COLOURS[(place if series.colour is None else series.colour) % len(COLOURS)]
 
 
 def _line(line: Line, frame: Frame, percent: bool) -> str:
@@ -208,9 +214,9 @@ def _line(line: Line, frame: Frame, percent: bool) -> str:
         outline = " ".join(f"{x},{y}" for x, y in upper + lower[::-1])
         drawn += f'<polygon points="{outline}" fill="{line.colour}" fill-opacity="0.15"/>'
     if line.smooth > 1:
-        drawn += _way(points, frame, line.colour, 1.0, 0.3)
-        return drawn + _way(_smoothed(points, line.smooth), frame, line.colour, 2.0, 1.0)
-    drawn += _way(points, frame, line.colour, 1.8, 1.0)
+        drawn += _way(points, frame, line, 1.0, 0.3)
+        return drawn + _way(_smoothed(points, line.smooth), frame, line, 2.0, 1.0)
+    drawn += _way(points, frame, line, 1.8, 1.0)
     for point in points if len(points) <= _MARKED else ():
         x, y = frame.place(point.x, point.y)
         shown = f"{100 * point.y:.1f}%" if percent else f"{point.y:.4g}"
@@ -221,11 +227,12 @@ def _line(line: Line, frame: Frame, percent: bool) -> str:
     return drawn
 
 
-def _way(points: list[Point], frame: Frame, colour: str, width: float, opacity: float) -> str:
+def _way(points: list[Point], frame: Frame, line: Line, width: float, opacity: float) -> str:
     places = " ".join(f"{x},{y}" for x, y in (frame.place(p.x, p.y) for p in points))
     return (
-        f'<polyline points="{places}" fill="none" stroke="{colour}" stroke-width="{width}" '
-        f'stroke-opacity="{opacity}" stroke-linejoin="round"/>'
+        f'<polyline points="{places}" fill="none" stroke="{line.colour}" '
+        f'stroke-width="{width}" stroke-opacity="{opacity}" stroke-dasharray="{line.dash}" '
+        'stroke-linejoin="round"/>'
     )
 
 
@@ -275,7 +282,7 @@ def _legend(lines: Sequence[Line], width: int) -> tuple[str, int]:
         y = 14 + _LEGEND_ROW * row
         drawn += (
             f'<line x1="{round(left, 1)}" y1="{y - 4}" x2="{round(left + 14, 1)}" y2="{y - 4}" '
-            f'stroke="{line.colour}" stroke-width="3"/>'
+            f'stroke="{line.colour}" stroke-width="3" stroke-dasharray="{line.dash}"/>'
         )
         drawn += _text(left + 19, y, name, "start")
         left += wide + 14

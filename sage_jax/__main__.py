@@ -58,10 +58,14 @@ def find_config(name: str) -> pathlib.Path:
     places = list(shipped.submodule_search_locations or []) if shipped else []
     known = sorted(p for d in places for p in pathlib.Path(d).glob("*.py") if p.stem[0] != "_")
     for candidate in known:
-        if candidate.stem == name or (candidate.name == path.name and path.parent.name == "configs"):
+        if candidate.stem == name or (
+            candidate.name == path.name and path.parent.name == "configs"
+        ):
             return candidate
-    near = difflib.get_close_matches(path.stem, [p.stem for p in known], n=1, cutoff=0.0)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    beside = {str(p): p.stem for p in sorted(path.parent.glob("*.py"))}
+    names = beside or {p.stem: p.stem for p in known}
+    near = difflib.get_close_matches(path.stem, names.values(), n=1, cutoff=0.0)
+    hint = next((f" Did you mean {k}?" for k, stem in names.items() if stem in near), "")
     raise UsageError(f"--config={name}: there is no such file.{hint}")
 
 

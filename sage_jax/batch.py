@@ -20,19 +20,21 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+Array = jax.Array | np.ndarray
+
 CHOSEN, REJECTED = 0, 1
 
 
 class PackedBatch(NamedTuple):
     """Rows of packed pairs; every leaf has the row axis first, so one sharding rule serves all."""
 
-    tokens_RT: jax.Array  # int32, token ids; 0 where there is padding
-    position_RT: jax.Array  # int32, position inside the sequence, restarts at 0 for each
-    segment_RT: jax.Array  # int32, 0 = padding, 1 + 2 * slot + side otherwise
-    completion_RT: jax.Array  # bool, true at tokens whose log-probability counts
-    pair_RS: jax.Array  # int32, index of the pair in the data set, -1 = empty slot
-    ref_logps_RS2: jax.Array  # float32, reference log-probabilities in nats, summed over tokens
-    weight_RS: jax.Array  # float32, weight of the pair in the loss, 0 for empty slots
+    tokens_RT: Array  # int32, token ids; 0 where there is padding
+    position_RT: Array  # int32, position inside the sequence, restarts at 0 for each
+    segment_RT: Array  # int32, 0 = padding, 1 + 2 * slot + side otherwise
+    completion_RT: Array  # bool, true at tokens whose log-probability counts
+    pair_RS: Array  # int32, index of the pair in the data set, -1 = empty slot
+    ref_logps_RS2: Array  # float32, reference log-probabilities in nats, summed over tokens
+    weight_RS: Array  # float32, weight of the pair in the loss, 0 for empty slots
 
 
 def segment_id(slot: int, side: int) -> int:

@@ -44,6 +44,16 @@ class Data:
 
 
 @dataclasses.dataclass(frozen=True)
+class Task:
+    """Of data.train = "task:NAME", a built-in task's worked solutions for `sage-jax sft`."""
+
+    count: int = 20000  # problems
+    teacher: bool = False  # solutions of a teacher with systematic mistakes; false = exact ones
+    faulty_share: float = 0.3  # share of the facts that the teacher gets wrong
+    fault_odds: str = "1.0,0.5"  # how often, in turn
+
+
+@dataclasses.dataclass(frozen=True)
 class Loss:
     name: str = "sigmoid"  # see losses.LOSSES
     beta: float = 0.1  # scale of the implicit rewards
@@ -64,7 +74,9 @@ class Selection:
     temperature: float = 1.0  # scale of the likelihood margin
     length_normalised: bool = False  # likelihood margin from means over tokens
     stability: str = "token_error"  # source of the error: token_error, logit_norm, rounds, none
-    noise_quantile: float = 0.0  # leave out this lowest share of reward margins, once training began
+    noise_quantile: float = (
+        0.0  # leave out this lowest share of reward margins, once training began
+    )
     soft: float = 0.0  # exponent of in-step weights ~ score^soft; 0 = off
 
 
@@ -97,13 +109,14 @@ class Train:
     steps: int = 100  # optimizer steps
     batch_pairs: int = 128  # pairs in a step
     accumulate: int = 1  # parts of a step computed one after the other
-    row_length: int = 0  # tokens in a row; 0 = the longest pair
 
 
 @dataclasses.dataclass(frozen=True)
 class Eval:
     problems: str = ""  # "task:NAME" or a .jsonl of {"prompt", "answer"}; "" = no greedy accuracy
     count: int = 512  # problems
+    split: str = "eval"  # of a built-in task: train, eval or test (never used for a decision)
+    seed: int = 0  # of a built-in task's problems
     every: int = 0  # steps between evaluations; 0 = only before and after
     verify: str = "auto"  # how answers are checked: exact, number, math, or the task's own (auto)
     max_new_tokens: int = 64
@@ -122,6 +135,7 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
+    path: str = ""  # reference model; "" = the model that training starts from
     store: str = ""  # directory of reference log-probs; "" = $SAGE_JAX_CACHE or ~/.cache/sage_jax
     spot_check: int = 4  # stored pairs recomputed at start
 
@@ -140,6 +154,11 @@ class Mesh:
 
 
 @dataclasses.dataclass(frozen=True)
+class Export:
+    dtype: str = "float32"  # of the exported weights: float32, bfloat16 or float16
+
+
+@dataclasses.dataclass(frozen=True)
 class Compare:
     uniform: bool = False  # afterwards, train uniform DPO at equal total FLOPs, scoring counted
 
@@ -151,6 +170,7 @@ class Run:
     seed: int = 0
     model: Model = Model()
     data: Data = Data()
+    task: Task = Task()
     loss: Loss = Loss()
     selection: Selection = Selection()
     curriculum: Curriculum = Curriculum()
@@ -161,36 +181,50 @@ class Run:
     reference: Reference = Reference()
     checkpoint: Checkpoint = Checkpoint()
     mesh: Mesh = Mesh()
+    export: Export = Export()
     compare: Compare = Compare()
 
 
 # A resumed run may change these; everything else would make it another run.
-RESUMABLE = ("checkpoint.", "mesh.", "reference.", "data.cache", "compare.", "eval.batch", "sample.")
+RESUMABLE = (
+    "checkpoint.",
+    "mesh.",
+    "reference.store",
+    "reference.spot_check",
+    "data.cache",
+    "compare.",
+    "eval.batch",
+    "sample.",
+    "export.",
+)
 
 _CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
+    "export.dtype": ("float32", "bfloat16", "float16"),
     "data.on_bad_row": ("error", "skip"),
     "loss.name": tuple(losses.LOSSES),
     "selection.scoring": ("memory", "fresh"),
     "selection.margin": ("likelihood", "reward"),
     "selection.stability": ("token_error", "logit_norm", "rounds", "none"),
     "optim.schedule": ("cosine", "linear", "constant"),
+    "eval.split": ("train", "eval", "test"),
     "eval.verify": ("auto", "exact", "number", "math"),
 }
 _POSITIVE = (
-    "model.layers model.d_model model.d_ff model.heads model.kv_heads data.max_length loss.beta "
+    "model.layers model.d_model model.d_ff model.heads model.kv_heads data.max_length task.count loss.beta "
     "selection.damping selection.temperature curriculum.strata optim.lr train.steps "
     "train.batch_pairs train.accumulate eval.count eval.max_new_tokens eval.batch sample.count "
     "sample.per_problem sample.pairs_per_problem checkpoint.every checkpoint.keep mesh.fsdp "
     "mesh.tensor"
 ).split()
 _NOT_NEGATIVE = (
-    "seed data.limit loss.gamma loss.nll_weight selection.soft curriculum.pool_size "
-    "optim.eps optim.weight_decay optim.clip_norm train.row_length eval.every "
+    "seed eval.seed data.limit loss.gamma loss.nll_weight selection.soft curriculum.pool_size "
+    "optim.eps optim.weight_decay optim.clip_norm eval.every "
     "reference.spot_check sample.temperature"
 ).split()
 _SHARES = (  # key, lowest, whether the lowest is allowed, whether 1 is
+    ("task.faulty_share", 0.0, True, True),
     ("loss.label_smoothing", 0.0, True, False),
     ("selection.keep", 0.0, False, True),
     ("selection.uniform_share", 0.0, True, True),
@@ -310,7 +344,10 @@ def resolve(config: Any) -> Run:
                 raise ValueError(f"config.{key}={flat[key]} has to be {low}.")
     for key, lowest, low_ok, one_ok in _SHARES:
         value = flat[key]
-        if not ((value > lowest or (low_ok and value == lowest)) and (value < 1 or (one_ok and value == 1))):
+        if not (
+            (value > lowest or (low_ok and value == lowest))
+            and (value < 1 or (one_ok and value == 1))
+        ):
             raise ValueError(
                 f"config.{key}={value} has to be in {'[' if low_ok else '('}{lowest:g}, "
                 f"1{']' if one_ok else ')'}."
@@ -390,6 +427,8 @@ def describe() -> str:
             continue
         source = inspect.getsource(type(value)).splitlines()
         for line in source[2:]:
+            if '"""' in line or not line.strip():
+                continue
             name, _, rest = line.strip().partition(":")
             _, _, comment = rest.partition("  # ")
             if hasattr(value, name):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from sage_jax import batch as batches
 
-Array = jax.Array
+Array = batches.Array
 LogpsFn = Callable[[Any, Any, batches.PackedBatch], "SequenceStats"]
 
 

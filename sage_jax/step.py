@@ -16,15 +16,20 @@ import optax
 from sage_jax import batch as batches
 from sage_jax import logprobs, losses, scores
 
-Array = jax.Array
+Array = batches.Array
 ScoreFn = Callable[[logprobs.SequenceStats, Array], scores.PairScores]
 WeightFn = Callable[[scores.PairScores, Array], Array]
+
+
+# Two rewards closer than this many nats a token are a tie: the policy and its reference run in
+# other rows and other programs, so equal weights give log-probs that differ in the last bits.
+TIE = 1e-5
 
 
 class TrainState(NamedTuple):
     """Everything an optimizer update changes. Frozen weights are an argument, not state."""
 
-    step: Array  # int32 []
+    step: jax.Array  # int32 []
     params: Any  # what is trained: all weights, or adapters
     opt_state: optax.OptState
 
@@ -97,7 +102,8 @@ def pair_metrics(
     Returns:
         `rewards/*`, `logps/*` (means of token sums, nats), `logits/*` (means over completion
         tokens), `entropy` (nats per token, both sides), `mean_token_accuracy` (chosen side).
-        `rewards/accuracies` uses a strict `>`, so a policy equal to its reference logs 0.
+        `rewards/accuracies` counts rewards larger by more than rounding (`TIE`), so a policy equal
+        to its reference logs 0.
 
     >>> z = jnp.zeros((3, 2)); stats = logprobs.SequenceStats(z, z + 1, z, z, z, z, z)
     >>> float(pair_metrics(stats, z, jnp.ones(3), 0.1)["rewards/accuracies"])
@@ -105,7 +111,9 @@ def pair_metrics(
     """
     real = (weight > 0).astype(jnp.float32)
     count = jnp.maximum(real.sum(), 1.0)
-    reward = beta * (stats.logps - ref_logps)
+    ratio = stats.logps - ref_logps
+    reward = beta * ratio
+    right = ratio[..., 0] - ratio[..., 1] > TIE * stats.tokens.sum(-1)
 
     def over_pairs(x):
         return jnp.sum(x * real) / count
@@ -118,7 +126,7 @@ def pair_metrics(
     return {
         "rewards/chosen": over_pairs(reward[..., 0]),
         "rewards/rejected": over_pairs(reward[..., 1]),
-        "rewards/accuracies": over_pairs(reward[..., 0] > reward[..., 1]),
+        "rewards/accuracies": over_pairs(right),
         "rewards/margins": over_pairs(reward[..., 0] - reward[..., 1]),
         "logps/chosen": over_pairs(stats.logps[..., 0]),
         "logps/rejected": over_pairs(stats.logps[..., 1]),
@@ -170,7 +178,7 @@ def make_train_step(
         seen = jax.lax.stop_gradient(stats)
         pairs = None if score_fn is None else score_fn(seen, part.ref_logps_RS2)
         weight_RS = _pair_weight(part, seen.tokens[..., 0] if token_weighted else None)
-        if weight_fn is not None:
+        if weight_fn is not None and pairs is not None:
             weight_RS = weight_fn(pairs, weight_RS)
         loss_RS = pair_losses(loss, stats, part.ref_logps_RS2, nll_weight=nll_weight)
         # where, not *: an empty slot adds exactly 0, whatever the loss makes of its zeros.
@@ -188,7 +196,9 @@ def make_train_step(
                 f"{rows} rows do not divide into {accumulate} accumulation parts. Choose a "
                 f"train.accumulate that divides the rows of a step."
             )
-        parts = jax.tree.map(lambda x: x.reshape(accumulate, rows // accumulate, *x.shape[1:]), batch)
+        parts = jax.tree.map(
+            lambda x: x.reshape(accumulate, rows // accumulate, *x.shape[1:]), batch
+        )
 
         def body(carry, part):
             (value, aux), grads = grad_fn(params, frozen, part, total_weight)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ def batches(
     prefetch: int = 4,
     process_index: int = 0,
     process_count: int = 1,
-) -> Iterator[batch.PackedBatch]:
+) -> Generator[batch.PackedBatch]:
     """The batches `start`, `start + 1`, ... of a plan, as numpy arrays.
 
     The position in a round is all there is to save: starting at k gives what an uninterrupted
@@ -61,7 +61,7 @@ def batches(
     return iterate(source, start=start, threads=threads, prefetch=prefetch)
 
 
-def iterate(source: Any, *, start: int = 0, threads: int = 2, prefetch: int = 4) -> Iterator[Any]:
+def iterate(source: Any, *, start: int = 0, threads: int = 2, prefetch: int = 4) -> Generator[Any]:
     """The elements of a random-access source from `start` on, each exactly once, in order.
 
     Args:

@@ -149,6 +149,18 @@ def _record(row: Any, origin: str, format: str) -> tuple[Record, list[str]]:
     return Record(prompt, chosen, rejected, origin, columns, texts, template, ids), unused
 
 
+def raw(source: Source) -> Iterator[tuple[str, Any]]:
+    """The rows of a source as they stand in it, with their origin; lines without JSON are left out.
+
+    >>> list(raw([{"prompt": "2+2=", "chosen": "4", "rejected": "5"}]))[0][0]
+    'row 0'
+    """
+    for _, block in _blocks(source):
+        for origin, row in block:
+            if not isinstance(row, canonical.BadRowError):
+                yield origin, row
+
+
 def _name(source: Source) -> str:
     return f"'{source}'" if isinstance(source, str | Path) else "the data"
 

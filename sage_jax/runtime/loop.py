@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sage_jax import config, curriculum, logprobs, losses, optim, scores, selection, step
+from sage_jax import batch, config, curriculum, logprobs, optim, scores, selection, step
 from sage_jax.data import encode, pipeline
 from sage_jax.report import progress, writers
 from sage_jax.runtime import checkpoint, rounds, setup
@@ -88,6 +88,31 @@ def pair_flops(policy: setup.Policy, pairs: encode.EncodedPairs) -> np.ndarray:
     return (lengths * per_token + lengths * (lengths + 1) / 2 * per_score).sum(axis=1)
 
 
+def make_optimizer(run: config.Run):
+    """The optimizer and its schedule, with warm-up in steps."""
+    settings = dataclasses.asdict(run.optim)
+    settings["warmup"] = round(run.optim.warmup * run.train.steps)
+    return optim.make(**settings, steps=run.train.steps)
+
+
+def state_shardings(tx, params: Any, mesh: jax.sharding.Mesh) -> step.TrainState:
+    """Where the train state lives: moments beside their weights."""
+    placed = meshes.shardings(params, mesh)
+    whole: Any = meshes.replicated(mesh)
+    return step.TrainState(whole, placed, meshes.state_shardings(tx, params, mesh))
+
+
+def abstract_state(run: config.Run, params: Any, mesh: jax.sharding.Mesh) -> step.TrainState:
+    """Shapes and shardings of the train state of a run, to restore a checkpoint by."""
+    tx, _ = make_optimizer(run)
+    shapes = jax.eval_shape(lambda p: step.init_state(p, tx), params)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        state_shardings(tx, params, mesh),
+    )
+
+
 class Trainer:
     """Owner of one training run in one directory: its state, memory, files and checkpoints."""
 
@@ -99,13 +124,14 @@ class Trainer:
         policy: setup.Policy,
         passes: setup.Passes,
         pairs: encode.EncodedPairs,
-        reference: logprobs.SequenceStats,
+        start: logprobs.SequenceStats | None,
+        reference: np.ndarray,
         evaluate: Evaluate,
         label: str,
     ):
         self.run, self.workdir, self.label = run, workdir, label
         self.policy, self.passes, self.pairs = policy, passes, pairs
-        self.reference, self.evaluate = reference, evaluate
+        self.start, self.reference, self.evaluate = start, reference, evaluate
         self.loss = setup.make_loss(run)
         self.score_fn = setup.make_score_fn(run, self.loss)
         self.flops_N = pair_flops(policy, pairs)
@@ -115,19 +141,17 @@ class Trainer:
         self.round_metrics: dict[str, float] = {}
         self.counters = Counters()
         self.pending: Pending | None = None
+        self.clock = time.perf_counter()
 
     def _build_step(self) -> None:
         run, mesh = self.run, self.passes.mesh
-        tx, schedule = optim.make(**dataclasses.asdict(run.optim) | {"steps": run.train.steps})
+        tx, schedule = make_optimizer(run)
         self.learning_rate = np.asarray(jax.vmap(schedule)(jnp.arange(run.train.steps)))
-        params = self.policy.params
-        placed = meshes.shardings(params, mesh)
-        whole = meshes.replicated(mesh)
-        state = step.TrainState(whole, placed, meshes.state_shardings(tx, params, mesh))
+        state = state_shardings(tx, self.policy.params, mesh)
         # A copy: the step donates its state, and the reference weights outlive this run.
         self.state = jax.jit(
             lambda p: step.init_state(jax.tree.map(jnp.copy, p), tx), out_shardings=state
-        )(params)
+        )(self.policy.params)
         uses_scores = run.selection.name in selection.NEEDS_SCORES or run.curriculum.sharpness > 0
         weigh = None
         if run.selection.soft:
@@ -147,17 +171,19 @@ class Trainer:
         self.train_step = jax.jit(
             train_step,
             in_shardings=(state, None, meshes.batch_sharding(mesh)),
-            out_shardings=(state, whole),
+            out_shardings=(state, meshes.replicated(mesh)),
             donate_argnums=0,
         )
 
     def _first_memory(self) -> curriculum.Memory:
-        """The policy starts as the reference, so the reference pass has already scored every pair."""
+        """The pass over the starting policy, mostly the reference, has already scored every pair."""
         memory = curriculum.init_memory(len(self.pairs))
-        if self.run.loss.name == "sft":
+        if self.start is None:
             return memory
-        first = jax.device_get(self.score_fn(self.reference, self.reference.logps))
-        return curriculum.remember(memory, np.arange(len(self.pairs)), first, round=-1)
+        first = jax.device_get(self.score_fn(self.start, self.reference))
+        return curriculum.remember(
+            memory, np.arange(len(self.pairs)), first, round=-1, trained=False
+        )
 
     # -- a round ---------------------------------------------------------------------------------
 
@@ -171,10 +197,9 @@ class Trainer:
             index_P,
             logit_norm=self.run.selection.stability == "logit_norm",
         )
-        found = jax.device_get(self.score_fn(stats, self.reference.logps[index_P]))
-        self.memory = curriculum.remember(
-            self.memory, index_P, found, round=self.round.number + 1 if self.round else 0
-        )
+        found = jax.device_get(self.score_fn(stats, self.reference[index_P]))
+        number = self.round.number + 1 if self.round else 0
+        self.memory = curriculum.remember(self.memory, index_P, found, round=number, trained=False)
         self.counters.flops_scoring += float(self.flops_N[index_P].sum())
         self.counters.seconds_scoring += time.perf_counter() - start
         if self.run.selection.stability == "rounds":
@@ -201,6 +226,7 @@ class Trainer:
         )
         spent = time.perf_counter() - start - (self.counters.seconds_scoring - scored_before)
         self.counters.seconds_drawing += spent
+        self.clock = time.perf_counter()
 
     # -- checkpoints -----------------------------------------------------------------------------
 
@@ -251,8 +277,20 @@ class Trainer:
                 f"{found['grad_norm']}. Nothing of this step was saved. Lower config.optim.lr="
                 f"{self.run.optim.lr:g}, or check the pairs of this step in selection/."
             )
-        self.counters.tokens += int(found.pop("num_tokens"))
-        self.writer.write(pending.row | found | {"num_tokens": self.counters.tokens})
+        # From the end of one step to the end of the next; evaluation and drawing set the clock anew.
+        seconds, self.clock = time.perf_counter() - self.clock, time.perf_counter()
+        self.counters.seconds_training += seconds
+        tokens = int(found.pop("num_tokens"))
+        self.counters.tokens += tokens
+        self.writer.write(
+            pending.row
+            | found
+            | {
+                "num_tokens": self.counters.tokens,
+                "perf/step_time": seconds,
+                "perf/tokens_per_second": tokens / seconds,
+            }
+        )
         real = pending.pair_RS >= 0
         if output.pairs is not None:
             values = scores.PairScores(*(np.asarray(v)[real] for v in output.pairs))
@@ -284,9 +322,11 @@ class Trainer:
                 self._restore(checkpoints, at)
             self.writer = writers.MetricsWriter(self.workdir / "metrics.jsonl", (at or 0) - 1)
             steps = self.run.train.steps
-            with self.writer, progress.Progress(
-                steps, self.label, "steps", start=self.counters.step
-            ) as bar:
+            self.clock = time.perf_counter()
+            with (
+                self.writer,
+                progress.Progress(steps, self.label, "steps", start=self.counters.step) as bar,
+            ):
                 while self.counters.step < steps and not stopped():
                     if self.round is None or self.counters.position == len(self.round.pair_KRS):
                         self._flush()
@@ -307,41 +347,37 @@ class Trainer:
         plan = self.round.pair_KRS[: self.counters.position + left]
         batches = pipeline.batches(
             self.pairs, plan, self.passes.shape.row_length,
-            ref_logps_N2=self.reference.logps, start=self.counters.position,
+            ref_logps_N2=self.reference, start=self.counters.position,
         )  # fmt: skip
         with contextlib.closing(batches):
             for rows in batches:
-                now, start = self.counters.step, time.perf_counter()
+                now = self.counters.step
                 row = self._row() | {"learning_rate": float(self.learning_rate[now])}
                 if self.counters.position == 0:
                     row |= self.round_metrics
                 if now == 0 or (run.eval.every and now % run.eval.every == 0):
                     self._flush()
                     row |= self.evaluate(self.state.params)
-                    start = time.perf_counter()
+                    self.clock = time.perf_counter()
                 self.state, output = self.train_step(self.state, None, meshes.put(rows, mesh))
                 self._flush()  # the step before, while this one runs
-                self._account(rows, row, start)
-                self.pending = Pending(now, row, rows.pair_RS, output)
+                self._account(rows, row)
+                self.pending = Pending(now, row, np.asarray(rows.pair_RS), output)
                 bar.update(1)
                 if checkpoints.due(self.counters.step):
                     self._save(checkpoints)
                 if stopped():
                     return
 
-    def _account(self, rows, row: dict[str, Any], start: float) -> None:
-        """Counts a step's work; adds the perf/* numbers, which differ from run to run."""
+    def _account(self, rows: batch.PackedBatch, row: dict[str, Any]) -> None:
+        """Counts a step's work, and what the row says of it."""
         spent = self.counters
-        index = rows.pair_RS[rows.pair_RS >= 0]
+        index = np.asarray(rows.pair_RS)[np.asarray(rows.pair_RS) >= 0]
         spent.step, spent.position = spent.step + 1, spent.position + 1
         spent.pairs += len(index)
         spent.flops_training += 3.0 * float(self.flops_N[index].sum())  # forward + 2 x backward
-        seconds = time.perf_counter() - start
-        spent.seconds_training += seconds
         total = spent.flops_scoring + spent.flops_training
         row |= {
-            "perf/step_time": seconds,
-            "perf/tokens_per_second": float((rows.segment_RT > 0).sum()) / seconds,
             "perf/padding_fraction": float((rows.segment_RT == 0).mean()),
             "perf/scoring_fraction": spent.flops_scoring / total,
         }

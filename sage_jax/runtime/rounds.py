@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from sage_jax import config, curriculum, losses, scores, selection
@@ -83,20 +84,14 @@ def remembered_scores(
         error = scores.round_variance_error(
             memory.mean[index_P], memory.m2[index_P], memory.visits[index_P]
         )
-    margin = reward if chosen.margin == "reward" else likelihood
-    return scores.PairScores(
-        *(
-            np.asarray(x, np.float32)
-            for x in (
-                reward,
-                likelihood,
-                error,
-                scores.gradient_signal(loss, margin),
-                scores.curvature(loss, margin),
-                scores.sage(loss, margin, error, kappa=chosen.kappa, damping=chosen.damping),
-            )
-        )
+    rescore = scores.make_rescore_fn(
+        loss,
+        margin=chosen.margin,
+        kappa=chosen.kappa,
+        damping=chosen.damping,
+        temperature=chosen.temperature,
     )
+    return jax.device_get(rescore(reward, likelihood, error))
 
 
 def next_round(

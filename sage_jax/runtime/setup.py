@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.resources
 import os
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sage_jax import config, logprobs, losses, scores, step
-from sage_jax.data import encode, pack, pipeline, records
+from sage_jax.data import encode, pack, pipeline
 from sage_jax.models import decoder
 from sage_jax.report import progress
 from sage_jax.runtime import mesh as meshes
@@ -33,7 +35,7 @@ class Policy:
         """The function of `(params, frozen, batch)` that the steps take."""
         return logprobs.make_logps_fn(
             lambda params, _, b: self.model.hidden(
-                params, b.tokens_RT, b.position_RT, b.segment_RT
+                params, *map(jnp.asarray, (b.tokens_RT, b.position_RT, b.segment_RT))
             ),
             lambda params, _: self.model.head(params),
             logit_norm=logit_norm,
@@ -107,8 +109,38 @@ def load_tokenizer(run: config.Run) -> Any:
                 "config.model.path='new' needs config.model.tokenizer, unless data.train is a "
                 "built-in task ('task:arithmetic'). Give a tokenizer directory."
             )
-        return chars.tokenizer(tasks.resolve(name).alphabet)
+        return chars.build(tasks.resolve(name).alphabet)
     return models.load_tokenizer(where)
+
+
+def find(source: str) -> str:
+    """A path as it is, and "package:NAME/..." as the path inside an installed package."""
+    if not source.startswith("package:"):
+        return source
+    name, _, inner = source.removeprefix("package:").partition("/")
+    try:
+        where = importlib.resources.files(name) / inner
+    except ModuleNotFoundError as e:
+        raise ValueError(
+            f"{source}: the package {name} is not installed. pip install {name}"
+        ) from e
+    return str(where)
+
+
+def sources(run: config.Run, source: str) -> list[str] | list[dict[str, Any]]:
+    """What `records.read` takes: files, or the worked solutions of a built-in task."""
+    if not source:
+        raise ValueError("config.data.train is empty. Give a .jsonl, .json or .parquet file.")
+    if not source.startswith("task:"):
+        return [find(path.strip()) for path in source.split(",") if path.strip()]
+    from sage_jax.generate import tasks
+
+    teacher = None
+    if run.task.teacher:
+        odds = tuple(float(p) for p in run.task.fault_odds.split(","))
+        teacher = {"seed": run.seed, "share": run.task.faulty_share, "odds": odds}
+    task = tasks.resolve(source.removeprefix("task:"))
+    return tasks.supervised(task, count=run.task.count, seed=run.seed, teacher=teacher)
 
 
 def load_pairs(run: config.Run, tokenizer: Any, source: str) -> encode.EncodedPairs:
@@ -117,37 +149,64 @@ def load_pairs(run: config.Run, tokenizer: Any, source: str) -> encode.EncodedPa
     Raises:
         ValueError: a bad row, a missing file, or no usable row at all.
     """
-    paths = [path.strip() for path in source.split(",") if path.strip()]
-    found = records.read(
-        paths if len(paths) > 1 else paths[0],
-        format=run.data.format,
-        on_bad_row=run.data.on_bad_row,
-        limit=run.data.limit,
-    )
-    encoded = encode.encode_cached(
-        found,
+    found = encode.encode_cached(
+        sources(run, source),
         tokenizer,
         max_length=run.data.max_length,
+        format=run.data.format,
+        on_bad_row=run.data.on_bad_row,
         cache_dir=cache_directory(run.data.cache, "encoded"),
     )
-    if not len(encoded):
+    return first_pairs(found, run.data.limit) if run.data.limit else found
+
+
+def first_pairs(pairs: encode.EncodedPairs, count: int) -> encode.EncodedPairs:
+    """The first `count` pairs of an encoded data set."""
+    count = min(count, len(pairs))
+    given = pairs.ref_logps_N2
+    return dataclasses.replace(
+        pairs,
+        tokens=pairs.tokens[: pairs.offset[2 * count]],
+        offset=pairs.offset[: 2 * count + 1],
+        start_N2=pairs.start_N2[:count],
+        digest_N16=pairs.digest_N16[:count],
+        columns={name: column[:count] for name, column in pairs.columns.items()},
+        origin=pairs.origin[:count],
+        row_N=pairs.row_N[:count],
+        ref_logps_N2=None if given is None else given[:count],
+    )
+
+
+def check_pairs(run: config.Run, pairs: encode.EncodedPairs, *, sft: bool) -> None:
+    """Refuses data that the run cannot train on, before anything is written.
+
+    Raises:
+        ValueError: answers without a rejected side, or fewer pairs than a batch.
+    """
+    single = int((pairs.lengths_N2[:, 1] == 0).sum())
+    if single and not sft:
         raise ValueError(
-            f"{source}: no row is left of {len(found.rows)} ({encoded.dropped}). Raise "
-            f"config.data.max_length={run.data.max_length}, or run `sage-jax doctor`."
+            f"{single} of {len(pairs)} rows of config.data.train have no rejected answer. Give "
+            f"preference pairs, or use the mode: sage-jax sft."
         )
-    return encoded
+    pool = run.curriculum.pool_size or len(pairs)
+    if round(min(pool, len(pairs)) * config.kept_share(run)) < run.train.batch_pairs:
+        raise ValueError(
+            f"config.train.batch_pairs={run.train.batch_pairs} is more than the "
+            f"{min(pool, len(pairs)) * config.kept_share(run):.0f} pairs selected from a pool of "
+            f"{min(pool, len(pairs))}. Lower it, or raise selection.keep or curriculum.pool_size."
+        )
 
 
 def row_shape(run: config.Run, lengths_N2: np.ndarray, mesh: jax.sharding.Mesh) -> pack.RowShape:
     """The static shape of a run's rows, a multiple of what the mesh and accumulation divide by."""
-    shape = pack.shape(
+    return pack.shape(
         lengths_N2,
         batch_pairs=run.train.batch_pairs,
-        row_length=run.train.row_length,
         packing=run.data.packing,
+        rows_multiple=meshes.row_multiple(mesh) * run.train.accumulate,
+        factors=(1, 2, 3),
     )
-    multiple = meshes.row_multiple(mesh) * run.train.accumulate
-    return shape._replace(rows=-(-shape.rows // multiple) * multiple)
 
 
 class Passes:
@@ -230,17 +289,17 @@ def make_loss(run: config.Run) -> losses.Loss:
     return factory(**{k: v for k, v in settings.items() if k in takes})
 
 
-def reference_stats(
+def stored_stats(
     run: config.Run,
     policy: Policy,
     passes: Passes,
     pairs: encode.EncodedPairs,
     label: str,
 ) -> logprobs.SequenceStats:
-    """Reference log-probs of every pair: from the store where they are known, else computed.
+    """What a model says of every pair: from the store where it is known, else computed and kept.
 
-    The policy that training starts from is the reference. Its statistics also fill the memory, so
-    that the first selection costs no pass of its own.
+    For the reference this is its log-probs; for the policy that training starts from, it fills the
+    memory, so that the first selection costs no pass of its own. Mostly the two are one.
     """
     logit_norm = run.selection.stability == "logit_norm"
     store = reference.Store(cache_directory(run.reference.store, "reference"))
@@ -254,3 +313,28 @@ def reference_stats(
     return reference.fill(
         store, space, pairs.digest_N16, compute, spot_check=run.reference.spot_check
     )
+
+
+def reference_logps(
+    run: config.Run,
+    policy: Policy,
+    passes: Passes,
+    pairs: encode.EncodedPairs,
+    start: logprobs.SequenceStats | None,
+) -> np.ndarray:
+    """Reference log-probs, float32 [N, 2]: of config.reference.path, else of the starting policy.
+
+    Values that came with pre-tokenised rows take precedence; zeros when there is no starting policy
+    to speak of, in supervised training.
+    """
+    if start is None:
+        return np.zeros((len(pairs), 2), np.float32)
+    logps = np.asarray(start.logps)
+    if run.reference.path:
+        other = load_policy(config.replace(run, **{"model.path": run.reference.path}), passes.mesh)
+        logps = stored_stats(
+            run, other, Passes(other, passes.mesh, passes.shape), pairs, "reference"
+        ).logps  # type: ignore[assignment]
+    if pairs.ref_logps_N2 is not None:
+        logps = np.where(np.isfinite(pairs.ref_logps_N2), pairs.ref_logps_N2, logps)
+    return logps

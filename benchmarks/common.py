@@ -1,0 +1,76 @@
+"""What every benchmark needs: the machine's name, medians, and a JSON file at the end."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+
+def machine() -> dict[str, Any]:
+    """What a figure was measured on."""
+    import jax
+
+    cpu = platform.processor()
+    info = pathlib.Path("/proc/cpuinfo")
+    if info.exists():
+        names = [
+            x.split(":")[1].strip() for x in info.read_text().splitlines() if "model name" in x
+        ]
+        cpu = names[0] if names else cpu
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "devices": [d.device_kind for d in jax.devices()],
+        "python": platform.python_version(),
+        "jax": importlib.metadata.version("jax"),
+        "commit": commit(),
+    }
+
+
+def commit() -> str:
+    """The checked-out commit, with + when files differ from it."""
+    here = pathlib.Path(__file__).parent
+
+    def git(*args: str) -> str:
+        run = subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=False)
+        return run.stdout.strip()
+
+    return git("rev-parse", "--short", "HEAD") + (
+        "+" if git("status", "--porcelain", "-uno") else ""
+    )
+
+
+def median_seconds(fn: Callable[[], Any], *, repeats: int, warmup: int = 2) -> float:
+    """Median wall time of a call whose result is waited for."""
+    import jax
+
+    for _ in range(warmup):
+        jax.block_until_ready(fn())
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(fn())
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def write(path: str | None, result: dict[str, Any]) -> None:
+    """Prints the result as JSON, or writes it to a file."""
+    text = json.dumps({"command": " ".join(sys.argv), "machine": machine()} | result, indent=1)
+    if path:
+        pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+        pathlib.Path(path).write_text(text + "\n")
+        print(f"wrote {path}", file=sys.stderr)
+    else:
+        print(text)

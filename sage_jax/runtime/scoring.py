@@ -1,0 +1,96 @@
+"""`sage-jax score`: the selection alone, for people who train elsewhere."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from sage_jax import config, curriculum, scores, selection
+from sage_jax.data import encode, records
+from sage_jax.generate import pairs as pair_makers
+from sage_jax.report import progress, writers
+from sage_jax.runtime import mesh as meshes
+from sage_jax.runtime import rounds, setup
+
+
+def score(run: config.Run, workdir: pathlib.Path) -> int:
+    """Scores data.train with the model in one forward pass, and selects.
+
+    Writes `scores.jsonl`, a row for every pair, and `selected.jsonl`, the selected rows as they
+    stood in the source.
+
+    Raises:
+        ValueError: a selector that needs no scores, or a result that is already there.
+    """
+    if run.selection.name not in selection.NEEDS_SCORES:
+        raise ValueError(
+            f"config.selection.name={run.selection.name!r} does not score. Use one of "
+            f"{', '.join(sorted(selection.NEEDS_SCORES))}."
+        )
+    if run.selection.margin == "reward" and not run.reference.path:
+        raise ValueError(
+            "config.selection.margin='reward' compares with a reference. Give "
+            "config.reference.path, or use 'likelihood'."
+        )
+    for name in ("scores.jsonl", "selected.jsonl"):
+        if (workdir / name).exists():
+            raise ValueError(f"{workdir / name} exists. Name another --workdir.")
+    mesh = meshes.make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
+    policy = setup.load_policy(run, mesh)
+    pairs = setup.load_pairs(run, policy.tokenizer, run.data.train)
+    passes = setup.Passes(policy, mesh, setup.row_shape(run, pairs.lengths_N2, mesh))
+    stats = setup.stored_stats(run, policy, passes, pairs, "scoring")
+    ref = setup.reference_logps(run, policy, passes, pairs, stats)
+    found = jax.device_get(setup.make_score_fn(run, setup.make_loss(run))(stats, ref))
+
+    memory = curriculum.remember(
+        curriculum.init_memory(len(pairs)), np.arange(len(pairs)), found, round=0, trained=False
+    )
+    hard_N = rounds.difficulty(pairs, memory, run.curriculum.difficulty)
+    stratum_N = curriculum.stratify(hard_N, run.curriculum.strata)
+    rng = np.random.default_rng(np.random.SeedSequence([run.seed, 0, 1]))
+    # The guard needs margins that training has moved, that is a reference of its own.
+    guard = run.selection.noise_quantile if run.reference.path else 0.0
+    chosen = selection.select_pool(
+        selection.resolve(run.selection.name)(found, rng),
+        stratum_N,
+        np.arange(len(pairs)),
+        keep=run.selection.keep,
+        uniform_share=run.selection.uniform_share,
+        rng=rng,
+        reward_margin_P=found.reward_margin if guard else None,
+        noise_quantile=guard,
+    )
+    _write(workdir, run, pairs, stats, found, stratum_N, chosen)
+    return 0
+
+
+def _write(workdir, run, pairs: encode.EncodedPairs, stats, found: scores.PairScores, stratum_N,
+           chosen: selection.Selection) -> None:  # fmt: skip
+    workdir.mkdir(parents=True, exist_ok=True)
+    raw = dict(records.raw(setup.sources(run, run.data.train)))
+    rows, kept = [], []
+    for i, origin in enumerate(pairs.origin):
+        row: dict[str, Any] = {
+            "origin": origin,
+            "stratum": int(stratum_N[i]),
+            "selected": bool(chosen.selected_P[i]),
+            "why": str(chosen.reason_P[i]),
+            "chosen_logps": float(stats.logps[i, 0]),
+            "rejected_logps": float(stats.logps[i, 1]),
+            "chosen_tokens": int(stats.tokens[i, 0]),
+            "rejected_tokens": int(stats.tokens[i, 1]),
+        }
+        rows.append(row | {k: float(v[i]) for k, v in found._asdict().items()})
+        if row["selected"]:
+            kept.append(raw[origin])
+    pair_makers.write_jsonl(workdir / "scores.jsonl", rows)
+    pair_makers.write_jsonl(workdir / "selected.jsonl", kept)
+    writers.write_json(workdir / "config.json", {"mode": "score"} | config.as_dict(run))
+    counts = np.unique(chosen.reason_P, return_counts=True)
+    print(progress.table(["why", "pairs"], [[w, str(n)] for w, n in zip(*counts, strict=True)]))
+    print(f"\nscores   {workdir / 'scores.jsonl'}\nselected {workdir / 'selected.jsonl'} "
+          f"({len(kept)} of {len(rows)} rows, unchanged)")  # fmt: skip

@@ -1,0 +1,133 @@
+"""Log-probabilities of packed rows against float64 numpy, and what the chunks cost."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sage_jax import batch, logprobs
+
+R, T, S, D, V = 3, 24, 2, 8, 40
+
+
+def packed(seed=0):
+    """Rows with two pairs each, the second row half empty, sequences of uneven lengths."""
+    rng = np.random.default_rng(seed)
+    rows = batch.empty(R, T, S)
+    pair = 0
+    for r in range(R):
+        at = 0
+        for s in range(1 if r == 1 else S):
+            rows.pair_RS[r, s], rows.weight_RS[r, s] = pair, 1.0
+            pair += 1
+            for side in range(2):
+                length = int(rng.integers(3, 7))
+                span = slice(at, at + length)
+                rows.tokens_RT[r, span] = rng.integers(1, V, length)
+                rows.position_RT[r, span] = np.arange(length)
+                rows.segment_RT[r, span] = batch.segment_id(s, side)
+                rows.completion_RT[r, at + int(rng.integers(1, length)) : at + length] = True
+                at += length
+    return rows
+
+
+def weights(seed=0):
+    rng = np.random.default_rng(seed)
+    return jnp.float32(rng.normal(size=(V, D))), jnp.float32(rng.normal(size=(D, V)))
+
+
+def logps_fn(chunk=None, logit_norm=False):
+    """A model whose hidden state is its token's embedding plus its position."""
+    return logprobs.make_logps_fn(
+        lambda p, _, b: p[0][b.tokens_RT] + 0.1 * b.position_RT[..., None],
+        lambda p, _: p[1],
+        chunk=chunk,
+        logit_norm=logit_norm,
+    )
+
+
+def expected(rows, params):
+    """Every statistic, token by token, in float64."""
+    embed, head = (np.float64(x) for x in params)
+    out = {name: np.zeros((R, S, 2)) for name in logprobs.SequenceStats._fields}
+    each = {}
+    for r in range(R):
+        for t in range(1, T):
+            segment = rows.segment_RT[r, t]
+            if not rows.completion_RT[r, t] or segment == 0 or rows.segment_RT[r, t - 1] != segment:
+                continue
+            place = (r, (segment - 1) // 2, (segment - 1) % 2)
+            before = rows.tokens_RT[r, t - 1]
+            logits = (embed[before] + 0.1 * rows.position_RT[r, t - 1]) @ head
+            logp = logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
+            p, y = np.exp(logp), rows.tokens_RT[r, t]
+            each.setdefault(place, []).append(logp[y])
+            out["entropy"][place] -= (p * logp).sum()
+            out["mean_logit"][place] += logits.mean()
+            out["hits"][place] += logits.argmax() == y
+            out["logit_norm"][place] += ((np.eye(V)[y] - p) ** 2).sum()
+    for place, values in each.items():
+        out["logps"][place] = np.sum(values)
+        out["tokens"][place] = len(values)
+        out["spread"][place] = ((values - np.mean(values)) ** 2).sum()
+    return out
+
+
+@pytest.mark.parametrize("jit", [jax.jit, lambda f: f], ids=["jit", "eager"])
+@pytest.mark.parametrize("chunk", [None, 1, 7, T])
+def test_statistics_equal_a_token_by_token_float64_computation(jit, chunk):
+    rows, params = packed(), weights()
+    found = jit(logps_fn(chunk, logit_norm=True))(params, None, rows)
+    for name, value in expected(rows, params).items():
+        np.testing.assert_allclose(getattr(found, name), value, atol=2e-4, err_msg=name)
+
+
+def test_gradient_does_not_depend_on_the_chunk_and_empty_slots_add_nothing():
+    rows, params = packed(), weights()
+
+    def total(params, chunk):
+        stats = logps_fn(chunk)(params, None, rows)
+        return jnp.sum(stats.logps * jnp.arange(1.0, 1 + R * S * 2).reshape(R, S, 2))
+
+    whole, cut = (jax.grad(total)(params, chunk) for chunk in (T, 5))
+    for a, b in zip(whole, cut, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    assert np.all(np.isfinite(whole[0]))
+    empty = logps_fn()(params, None, batch.empty(R, T, S))
+    assert all(np.all(np.asarray(value) == 0) for value in empty)
+
+
+def test_only_log_probabilities_carry_a_gradient():
+    rows, params = packed(), weights()
+
+    def others(params):
+        stats = logps_fn(logit_norm=True)(params, None, rows)
+        return sum(jnp.sum(v) for k, v in stats._asdict().items() if k != "logps")
+
+    assert all(np.all(np.asarray(g) == 0) for g in jax.tree.leaves(jax.grad(others)(params)))
+
+
+def test_bfloat16_hidden_states_give_float32_sums():
+    params = tuple(jnp.bfloat16(x) for x in weights())
+    found = logps_fn()(params, None, packed())
+    assert all(value.dtype == jnp.float32 for value in found)
+
+
+def test_head_needs_a_tenth_of_the_memory_of_whole_logits():
+    rows, length, width, vocabulary = 4, 1024, 64, 49152
+    hidden = jax.ShapeDtypeStruct((rows, length, width), jnp.float32)
+    head = jax.ShapeDtypeStruct((width, vocabulary), jnp.float32)
+    targets = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+
+    def chunked(hidden, head, targets):
+        return logprobs.token_stats(hidden, head, targets).logp_RT.sum()
+
+    def naive(hidden, head, targets):
+        logp = jax.nn.log_softmax(jnp.einsum("rtd,dv->rtv", hidden, head))
+        return jnp.take_along_axis(logp, targets[..., None], -1).sum()
+
+    def temporaries(fn):
+        compiled = jax.jit(jax.grad(fn, argnums=(0, 1))).lower(hidden, head, targets).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(chunked) < 0.1 * temporaries(naive)

@@ -127,7 +127,7 @@ def check(completion: str, answer: str) -> bool:
 
 
 def faults(
-    seed: int, *, share: float = 0.3, odds: tuple[float, ...] = (1.0, 0.5)
+    seed: int, *, share: float = 0.4, odds: tuple[float, ...] = (0.8, 0.6, 0.4)
 ) -> dict[Fact, Fault]:
     """The teacher's table of faulty facts.
 
@@ -156,7 +156,7 @@ def faults(
     return table
 
 
-def teacher(seed: int, *, share: float = 0.3, odds: tuple[float, ...] = (1.0, 0.5)) -> Draw:
+def teacher(seed: int, *, share: float = 0.4, odds: tuple[float, ...] = (0.8, 0.6, 0.4)) -> Draw:
     """A function like `problem` whose solutions carry the mistakes of `faults(seed, ...)`.
 
     A mistake is carried on: the steps after it work with the wrong value. Problems for which that

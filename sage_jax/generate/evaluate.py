@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +16,8 @@ from sage_jax.generate.problem import Problem
 Check = Callable[[str, str], bool]
 
 
-class Accuracy(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Accuracy:
     """A share of successes with its 95 % interval."""
 
     mean: float

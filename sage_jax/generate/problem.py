@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 # Tenths of all problem texts. "test" is for numbers that no decision has seen.
-SPLITS = {"train": range(0, 8), "eval": range(8, 9), "test": range(9, 10)}
+SPLITS = {"train": range(8), "eval": range(8, 9), "test": range(9, 10)}
 _PATIENCE = 10_000
 
 
@@ -82,7 +82,7 @@ def problems(
             (a short problem may come up twice).
         split: "train", "eval" or "test".
         levels: the levels that take turns; all of the task's when None.
-        draw: draws a problem in place of `task.problem` (a teacher).
+        draw: draws a problem in place of `task.problem` (a teacher), from a stream of its own.
 
     Returns:
         `count` problems; number `i` has level `levels[(start + i) % len(levels)]`.
@@ -100,22 +100,26 @@ def problems(
             f"levels={list(levels)}: task {task.name!r} has the levels {list(task.levels)}; "
             "choose at least one of them."
         )
-    draw = task.problem if draw is None else draw
+    stream = f"{task.name}/{split}/{seed}"
+    if draw is None:
+        draw = task.problem
+    else:  # or what a model is supervised on would be what is asked of it later
+        stream = f"{stream}/own"
     return [
-        _draw_in_split(draw, task.name, split, seed, index, levels[index % len(levels)])
+        _draw_in_split(draw, stream, split, index, levels[index % len(levels)])
         for index in range(start, start + count)
     ]
 
 
-def _draw_in_split(draw: Draw, name: str, split: str, seed: int, index: int, level: int) -> Problem:
+def _draw_in_split(draw: Draw, stream: str, split: str, index: int, level: int) -> Problem:
     # A string seed goes through SHA-512, so the stream is the same for every Python and process.
-    rng = random.Random(f"{name}/{split}/{seed}/{index}")
+    rng = random.Random(f"{stream}/{index}")
     for _ in range(_PATIENCE):
         problem = draw(rng, level)
         if split_of(problem.prompt) == split:
             return problem
     raise ValueError(
-        f"Level {level} of task {name!r} gave no problem of split {split!r} in {_PATIENCE} draws: "
+        f"Level {level} of {stream!r} gave no problem of split {split!r} in {_PATIENCE} draws: "
         "it has too few different problems; leave the level out or widen the task."
     )
 
@@ -134,13 +138,14 @@ def supervised(
 
     Args:
         task, count, seed, start, split, levels: as for `problems`.
+            The problems are others than those that `problems` gives for the same arguments.
         teacher: None for exact solutions; otherwise the keyword arguments of `task.teacher`, whose
             solutions carry systematic mistakes.
 
     Raises:
         ValueError: as `problems`; or a teacher is asked of a task that has none.
     """
-    draw = None
+    draw = task.problem
     if teacher is not None:
         if task.teacher is None:
             raise ValueError(

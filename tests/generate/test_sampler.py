@@ -8,16 +8,23 @@ from sage_jax.generate import sampler
 PROMPTS = ["7+5=", "1", "8*2-5+3=", "9-9", "3+4*2-1+6="]
 
 
-def _naive_greedy(model, params, ids, max_new_tokens, end):
-    """Full forward passes, one sequence at a time, no cache, no padding."""
-    out = []
-    for _ in range(max_new_tokens):
-        logits = model.logits(params, jnp.asarray([ids + out]))
-        token = int(logits[0, -1].argmax())
-        if token == end:
-            return out, True
-        out.append(token)
-    return out, False
+@pytest.fixture(scope="module")
+def naive_greedy(model, params):
+    """Full forward passes, one sequence at a time: no cache, no left padding, no batch."""
+    logits_fn = jax.jit(model.logits)
+
+    def run(ids, max_new_tokens, end):
+        out = []
+        while len(out) < max_new_tokens:
+            row = np.zeros((1, 32), np.int32)  # what follows cannot be seen by what comes before
+            row[0, : len(ids) + len(out)] = ids + out
+            token = int(logits_fn(params, row)[0, len(ids) + len(out) - 1].argmax())
+            if token == end:
+                return out, True
+            out.append(token)
+        return out, False
+
+    return run
 
 
 def _generate(model, params, tokenizer, prompts=PROMPTS, **settings):
@@ -26,16 +33,16 @@ def _generate(model, params, tokenizer, prompts=PROMPTS, **settings):
 
 
 @pytest.mark.parametrize("jit", [jax.jit, lambda f: f], ids=["jit", "eager"])
-def test_greedy_equals_a_naive_loop_of_full_forwards(model, params, tokenizer, jit):
+def test_greedy_equals_a_naive_loop_of_full_forwards(model, params, tokenizer, naive_greedy, jit):
     ids = [sampler.encode_prompt(tokenizer, prompt) for prompt in PROMPTS]
     # An end token that greedy decoding does reach, so that both ways of stopping are seen.
-    end = _naive_greedy(model, params, ids[0], 6, None)[0][3]
+    end = naive_greedy(ids[0], 6, None)[0][3]
     sample = sampler.make_sampler(model, max_new_tokens=10, eos_id=end, temperature=0)
     tokens_BT, valid_BT = sampler._left_pad(ids, 16)
     found = jit(sample)(params, tokens_BT, valid_BT, jax.random.split(jax.random.key(0), len(ids)))
     finished = []
     for row, prompt in enumerate(ids):
-        expected, ended = _naive_greedy(model, params, prompt, 10, end)
+        expected, ended = naive_greedy(prompt, 10, end)
         length = int(found.length_B[row])
         assert found.tokens_BN[row, :length].tolist() == expected
         assert bool(found.finished_B[row]) == ended
@@ -43,12 +50,13 @@ def test_greedy_equals_a_naive_loop_of_full_forwards(model, params, tokenizer, j
     assert True in finished
 
 
-def test_nothing_follows_the_end_token(model, params, tokenizer):
+def test_nothing_follows_the_end_token(model, params, tokenizer, naive_greedy):
     ids = [sampler.encode_prompt(tokenizer, prompt) for prompt in PROMPTS]
-    end = _naive_greedy(model, params, ids[0], 6, None)[0][1]
+    end = naive_greedy(ids[0], 6, None)[0][1]
     sample = sampler.make_sampler(model, max_new_tokens=10, eos_id=[end, 2], temperature=0)
     tokens_BT, valid_BT = sampler._left_pad(ids, 16)
-    found = sample(params, tokens_BT, valid_BT, jax.random.split(jax.random.key(0), len(ids)))
+    keys = jax.random.split(jax.random.key(0), len(ids))
+    found = jax.jit(sample)(params, tokens_BT, valid_BT, keys)
     length = int(found.length_B[0])
     assert length <= 1 and found.finished_B[0]
     assert int(found.tokens_BN[0, length]) in (end, 2)
@@ -70,30 +78,49 @@ def test_the_loop_ends_when_all_sequences_have_ended(model, params):
     tokens_BT, valid_BT = sampler._left_pad([[5, 6], [7, 8]], 8)
     keys = jax.random.split(jax.random.key(0), 2)
     every = list(range(model.spec.vocab))
-    sampler.make_sampler(Counting(), max_new_tokens=6, eos_id=every)(
-        params, tokens_BT, valid_BT, keys
-    )
+    sample = sampler.make_sampler(Counting(), max_new_tokens=6, eos_id=every)
+    jax.jit(sample)(params, tokens_BT, valid_BT, keys)
     jax.effects_barrier()
     assert calls == []
-    sampler.make_sampler(Counting(), max_new_tokens=6, eos_id=-1)(params, tokens_BT, valid_BT, keys)
+    sample = sampler.make_sampler(Counting(), max_new_tokens=6, eos_id=-1)
+    jax.jit(sample)(params, tokens_BT, valid_BT, keys)
     jax.effects_barrier()
     assert len(calls) == 5
 
 
+def _softmax(logits):
+    logits = np.asarray(logits, np.float64)
+    weight = np.exp(logits - logits.max())
+    return weight / weight.sum()
+
+
+def _assert_frequencies(token_B, expected_V):
+    observed_V = np.bincount(token_B, minlength=len(expected_V)) / len(token_B)
+    deviation_V = np.sqrt(expected_V * (1 - expected_V) / len(token_B))
+    assert np.all(np.abs(observed_V - expected_V) <= 4.5 * deviation_V)
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_token_frequencies_follow_the_tempered_softmax(model, params, tokenizer, temperature):
-    count = 4000
-    ids = sampler.encode_prompt(tokenizer, "7+5=")
-    sample = sampler.make_sampler(model, max_new_tokens=1, eos_id=2, temperature=temperature)
+def test_token_frequencies_follow_the_tempered_softmax(temperature):
+    logits_V = np.random.default_rng(1).normal(scale=1.5, size=12).astype(np.float32)
+    keys = jax.random.split(jax.random.key(3), 5000)
+    choose = sampler.make_chooser(temperature, 1.0)
+    token_B = choose(jnp.broadcast_to(logits_V, (5000, 12)), keys)
+    _assert_frequencies(token_B, _softmax(logits_V / temperature))
+
+
+def test_the_models_tokens_follow_its_tempered_nucleus(model, params, tokenizer):
+    count, ids = 3000, sampler.encode_prompt(tokenizer, "7+5=")
+    sample = sampler.make_sampler(model, max_new_tokens=1, eos_id=2, temperature=1.5, top_p=0.6)
     tokens_BT, valid_BT = sampler._left_pad([ids] * count, 8)
     keys = jax.random.split(jax.random.key(3), count)
     found = jax.jit(sample)(params, tokens_BT, valid_BT, keys)
-    observed = np.bincount(found.tokens_BN[:, 0], minlength=model.spec.vocab) / count
-    logits = np.asarray(model.logits(params, jnp.asarray([ids]))[0, -1], np.float64) / temperature
-    expected = np.exp(logits - logits.max())
-    expected /= expected.sum()
-    deviation = np.sqrt(expected * (1 - expected) / count)
-    assert np.all(np.abs(observed - expected) < 4.5 * deviation + 1e-4)
+    expected_V = _softmax(model.logits(params, jnp.asarray([ids]))[0, -1] / 1.5)
+    order = np.argsort(-expected_V)
+    outside = order[int(np.searchsorted(np.cumsum(expected_V[order]), 0.6)) + 1 :]
+    assert 0 < len(outside) < len(order) - 1
+    expected_V[outside] = 0
+    _assert_frequencies(found.tokens_BN[:, 0], expected_V / expected_V.sum())
 
 
 @pytest.mark.parametrize("jit", [jax.jit, lambda f: f], ids=["jit", "eager"])
@@ -108,18 +135,9 @@ def test_top_p_keeps_the_smallest_sufficient_set(jit, top_p):
         assert set(np.flatnonzero(kept)) == set(order[:need])
 
 
-def test_sampling_never_leaves_the_nucleus(model, params, tokenizer):
-    ids = sampler.encode_prompt(tokenizer, "7+5=")
-    sample = sampler.make_sampler(model, max_new_tokens=1, eos_id=2, top_p=0.6)
-    tokens_BT, valid_BT = sampler._left_pad([ids] * 1000, 8)
-    found = jax.jit(sample)(params, tokens_BT, valid_BT, jax.random.split(jax.random.key(3), 1000))
-    kept = sampler.keep_top_p(model.logits(params, jnp.asarray([ids]))[:, -1], 0.6)[0]
-    assert set(np.unique(found.tokens_BN)) == set(np.flatnonzero(np.isfinite(kept)))
-
-
 def test_samples_depend_on_neither_batch_size_nor_neighbours(model, params, tokenizer):
     one = _generate(model, params, tokenizer, temperature=1.0, samples=3, batch=1)
-    many = _generate(model, params, tokenizer, temperature=1.0, samples=3, batch=15)
+    many = _generate(model, params, tokenizer, temperature=1.0, samples=3, batch=4)
     fewer = _generate(model, params, tokenizer, PROMPTS[:2], temperature=1.0, samples=3, batch=4)
     assert one == many
     assert one[:2] == fewer
@@ -137,7 +155,7 @@ def test_more_samples_keep_the_first_ones(model, params, tokenizer):
 def test_results_keep_the_order_of_prompts_of_mixed_lengths(model, params, tokenizer):
     prompts = ["1+" * 30 + "1=", "2=", "3+4=", "5*" * 20 + "5="]
     together = _generate(model, params, tokenizer, prompts, batch=2)
-    apart = [_generate(model, params, tokenizer, [prompt])[0] for prompt in prompts]
+    apart = [_generate(model, params, tokenizer, [prompt] * 2, batch=2)[0] for prompt in prompts]
     assert together == apart
 
 
@@ -158,8 +176,8 @@ def test_a_chat_prompt_goes_through_the_template(model, params, tokenizer):
     )
     messages = [{"role": "user", "content": "7+5"}]
     assert sampler.encode_prompt(chat, messages) == sampler.encode_prompt(tokenizer, "7+5=")
-    assert _generate(model, params, chat, [messages]) == _generate(
-        model, params, tokenizer, ["7+5="]
+    assert _generate(model, params, chat, [messages] * 4) == _generate(
+        model, params, tokenizer, ["7+5="] * 4
     )
 
 
@@ -175,11 +193,12 @@ def test_batches_hold_every_prompt_once_in_few_shapes():
 
 
 def test_repeated_calls_of_one_shape_compile_once(model, params, tokenizer):
-    sampler._compiled.cache_clear()
-    for seed in range(2):
-        _generate(model, params, tokenizer, ["7+5=", "1+1="], seed=seed, temperature=1.0)
     run = sampler._compiled(model, 12, (2,), 1.0, 1.0)
-    assert run._cache_size() == 1
+    sizes = []
+    for seed in range(2):
+        _generate(model, params, tokenizer, PROMPTS[:4], seed=seed, temperature=1.0)
+        sizes.append(run._cache_size())
+    assert sizes[0] == sizes[1] >= 1
 
 
 @pytest.mark.parametrize(

@@ -92,8 +92,14 @@ def test_problems_and_faults_are_the_same_on_every_python_and_platform():
     assert [(fact, table[fact]) for fact in sorted(table)[:3]] == GOLDEN_FAULTS
 
 
-GOLDEN_SOLUTIONS: list = []
-GOLDEN_FAULTS: list = []
+GOLDEN_SOLUTIONS = ["8+2=10", "6*3=18+1=19", "5+4=9-6=3*4=12", "6-4=2-2=0+7=7-2=5"]
+GOLDEN_FAULTS = [((0, "+", 2), (0, 0.6)), ((0, "+", 4), (3, 0.4)), ((0, "+", 7), (4, 0.6))]
+
+
+def test_a_teacher_is_not_asked_the_problems_that_the_model_is_asked_later():
+    asked = [p.prompt for p in tasks.problems(TASK, count=400, seed=0) if p.level > 3]
+    taught = {r["prompt"] for r in tasks.supervised(TASK, count=400, seed=0, teacher={"seed": 0})}
+    assert sum(prompt in taught for prompt in asked) < 5
 
 
 def test_teacher_uses_each_faulty_fact_as_often_as_its_probability_says():
@@ -121,20 +127,18 @@ def test_faults_are_reproducible_and_as_many_as_asked_for():
     facts = sum(len(group) for group in arithmetic.FACTS.values())
     assert len(table) == round(0.4 * facts)
     assert all(fault.value != arithmetic.apply(fact) for fact, fault in table.items())
-    assert Counter(f.probability for f in table.values())[0.9] == pytest.approx(len(table) / 2, abs=1)
+    assert Counter(f.probability for f in table.values())[0.9] == pytest.approx(
+        len(table) / 2, abs=1
+    )
 
 
 def test_supervised_records_hold_exact_or_faulty_solutions():
     exact = tasks.supervised(TASK, count=80, seed=0)
     assert set(exact[0]) == {"prompt", "completion", "level"}
-    assert all(
-        TASK.check(r["completion"], str(_left_to_right(r["prompt"])[-1])) for r in exact
-    )
+    assert all(TASK.check(r["completion"], str(_left_to_right(r["prompt"])[-1])) for r in exact)
     teacher = {"seed": 0, "share": 0.5, "odds": (1.0,)}
     faulty = tasks.supervised(TASK, count=80, seed=0, teacher=teacher)
-    wrong = [
-        not TASK.check(r["completion"], str(_left_to_right(r["prompt"])[-1])) for r in faulty
-    ]
+    wrong = [not TASK.check(r["completion"], str(_left_to_right(r["prompt"])[-1])) for r in faulty]
     assert 0.4 < sum(wrong) / 80 < 1
 
 

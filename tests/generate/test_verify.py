@@ -88,5 +88,5 @@ def test_an_unusable_answer_or_kind_is_an_error():
 
 def test_math_refuses_an_answer_that_is_not_mathematics():
     pytest.importorskip("math_verify")
-    with pytest.raises(ValueError, match="cannot|can parse"):
+    with pytest.raises(ValueError, match="can parse"):
         verify.math("1", "")

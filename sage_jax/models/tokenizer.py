@@ -51,9 +51,15 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
         )
     import transformers
 
-    return transformers.AutoTokenizer.from_pretrained(
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
         str(where), local_files_only=True, trust_remote_code=False
     )
+    if not isinstance(tokenizer, transformers.PreTrainedTokenizerFast):
+        raise ValueError(
+            f"{where}: {type(tokenizer).__name__} is not a fast tokenizer. Save the tokenizer with "
+            f"its tokenizer.json."
+        )
+    return tokenizer
 
 
 def _from_gguf(file: pathlib.Path) -> PreTrainedTokenizerFast:

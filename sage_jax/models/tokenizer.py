@@ -24,6 +24,7 @@ _CUTS: dict[str, tuple[bool, str | None]] = {
     "smollm": (True, None),
     "llama-bpe": (False, _LLAMA3),
     "llama3": (False, _LLAMA3),
+    "llama-v3": (False, _LLAMA3),
     "qwen2": (False, _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")),
 }
 _CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
@@ -116,7 +117,7 @@ def _byte_level(file: pathlib.Path, own: dict[str, Any]) -> tokenizers.Tokenizer
     model = models.BPE(
         vocab={token: i for i, token in enumerate(own["tokens"])},
         merges=merges,
-        ignore_merges=name in ("llama-bpe", "llama3"),
+        ignore_merges=pattern is _LLAMA3,
     )
     backend = tokenizers.Tokenizer(model)
     cuts: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if single_digits else []

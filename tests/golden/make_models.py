@@ -86,7 +86,7 @@ CASES: dict[str, dict] = {  # name: config.json, in transformers' version 4 or 5
 TEXTS = (  # for SmolLM2's tokenizer
     "Hello world, 12345 + 67 = ?\n\n  It's naïve — 日本語 🙂\tdon't",
     "<|im_start|>user\nWhat is 7*8?<|im_end|>\n<|im_start|>assistant\n",
-    " leading and   inner  spaces \n\n\n1,000.50",
+    " leading and   inner  spaces \n\n\nend 1,000.50",
 )
 COLUMNS = slice(None, None, 512)  # of SmolLM2's 49152 logits a position: 96 are stored
 
@@ -194,7 +194,9 @@ def main(path: str | pathlib.Path = GOLDEN, *exports: str) -> None:
     for name, config in CASES.items():
         numbers[name] = logits(torch_model(config, weights(config)), name)
     for directory in map(pathlib.Path, exports):
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            directory, attn_implementation="eager"
+        ).eval()
         numbers[f"export/{directory.name}"] = logits(loaded, directory.name)
     np.savez_compressed(path, **numbers)
 

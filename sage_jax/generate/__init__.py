@@ -1,0 +1,1 @@
+"""Problems with known answers, sampled completions, checked pairs and accuracy."""

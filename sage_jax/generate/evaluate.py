@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from sage_jax.generate import sampler
+from sage_jax.generate import prompting, sampler
 from sage_jax.generate.problem import Problem
 
 Check = Callable[[str, str], bool]
@@ -79,6 +79,8 @@ def greedy_accuracy(
 ) -> GreedyResult:
     """Greedy answers to problems, checked; overall and for each level.
 
+    A chat model, one whose tokenizer has a chat template, is asked in a user's turn.
+
     Args:
         model, params, tokenizer: the model, see `sampler.generate`.
         problems: at least one.
@@ -96,7 +98,7 @@ def greedy_accuracy(
         model,
         params,
         tokenizer,
-        [problem.prompt for problem in problems],
+        prompting.ask(tokenizer, [problem.prompt for problem in problems]),
         max_new_tokens=max_new_tokens,
         batch=batch,
         progress=progress,

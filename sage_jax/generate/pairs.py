@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from sage_jax.generate import sampler
+from sage_jax.generate import prompting, sampler
 from sage_jax.generate.problem import Problem
 
 Check = Callable[[str, str], bool]
@@ -73,13 +73,12 @@ def sample_pairs(
             f"samples={samples}, per_problem={per_problem}, temperature={temperature}: pairs need "
             "at least 2 samples, at least 1 pair per problem and a temperature above 0."
         )
-    problems = list({problem.prompt: problem for problem in problems}.values())
-    chat = getattr(tokenizer, "chat_template", None) is not None
+    problems = list({str(problem.prompt): problem for problem in problems}.values())
     answers = sampler.generate(
         model,
         params,
         tokenizer,
-        [_as_chat(p.prompt, "user") if chat else p.prompt for p in problems],
+        prompting.ask(tokenizer, [problem.prompt for problem in problems]),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
@@ -91,7 +90,9 @@ def sample_pairs(
     records, tally = make_pairs(
         problems, answers, check=check, task=task, per_problem=per_problem, seed=seed
     )
-    return ([_conversational(record) for record in records] if chat else records), tally
+    if prompting.is_chat(tokenizer):
+        records = [_conversational(record) for record in records]
+    return records, tally
 
 
 def make_pairs(
@@ -162,11 +163,7 @@ def _match(
 
 def _conversational(record: dict[str, Any]) -> dict[str, Any]:
     roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
-    return record | {key: _as_chat(record[key], role) for key, role in roles.items()}
-
-
-def _as_chat(text: str, role: str) -> list[dict[str, str]]:
-    return [{"role": role, "content": text}]
+    return record | {key: prompting.as_chat(record[key], role) for key, role in roles.items()}
 
 
 def write_jsonl(path: str | os.PathLike[str], records: Iterable[dict[str, Any]]) -> int:

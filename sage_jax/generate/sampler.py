@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sage_jax.generate import prompting
+
 Params = Any
-Prompt = str | Sequence[dict[str, Any]]  # text, or the messages of a chat
 
 
 class Sampled(NamedTuple):
@@ -177,46 +178,6 @@ def _compiled(
     )
 
 
-def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """Token ids of a prompt: text as the tokenizer encodes it, messages by its chat template.
-
-    Raises:
-        ValueError: the prompt has no tokens.
-    """
-    if isinstance(prompt, str):
-        ids = tokenizer(prompt)["input_ids"]
-    else:
-        ids = tokenizer.apply_chat_template(
-            list(prompt), add_generation_prompt=True, tokenize=True, return_dict=False
-        )
-    if not ids:
-        raise ValueError(
-            f"prompt={prompt!r} has no tokens; a completion needs something to follow."
-        )
-    return list(ids)
-
-
-def end_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    """Every token id that ends a completion, from the model's spec and the tokenizer.
-
-    Raises:
-        ValueError: neither of them names one.
-    """
-    spec = getattr(model, "spec", None)
-    ids = (
-        getattr(spec, "eos_id", None),
-        tokenizer.eos_token_id,
-        *getattr(spec, "other_eos_ids", ()),
-    )
-    found = tuple(dict.fromkeys(i for i in ids if i is not None))
-    if not found:
-        raise ValueError(
-            "Neither the model nor the tokenizer names an end-of-sequence token; set the "
-            "tokenizer's eos_token."
-        )
-    return found
-
-
 def plan_batches(length_P: Sequence[int], batch: int, smallest: int = 32) -> list[tuple[int, list]]:
     """Groups prompts by length into few static shapes.
 
@@ -252,7 +213,7 @@ def generate(
     model: Any,
     params: Params,
     tokenizer: Any,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[prompting.Prompt],
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
@@ -285,9 +246,9 @@ def generate(
     """
     if samples < 1 or batch < 1:
         raise ValueError(f"samples={samples}, batch={batch}: both must be at least 1.")
-    ends = end_ids(model, tokenizer)
+    ends = prompting.end_ids(model, tokenizer)
     run = _compiled(model, max_new_tokens, ends, float(temperature), float(top_p))
-    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    ids = [prompting.encode_prompt(tokenizer, prompt) for prompt in prompts]
     total = len(prompts) * samples
     keys = _sequence_keys(seed, len(prompts), samples)
     out: list[Completion | None] = [None] * total

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import numpy as np
@@ -73,6 +74,18 @@ def test_an_untrained_model_is_evaluated_end_to_end(model, params, tokenizer):
     assert found.overall.count == 16 and len(found.completions) == 16
     assert found.overall.right == sum(
         TASK.check(c, p.answer) for c, p in zip(found.completions, problems, strict=True)
+    )
+
+
+def test_a_chat_model_is_asked_in_a_users_turn(model, params, tokenizer):
+    problems = tasks.problems(TASK, count=4, seed=0, split="eval")
+    chat = copy.deepcopy(tokenizer)
+    chat.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}0"
+    asked = [problem._replace(prompt=problem.prompt + "0") for problem in problems]
+    settings = {"check": TASK.check, "max_new_tokens": 8}
+    assert (
+        evaluate.greedy_accuracy(model, params, chat, problems, **settings).completions
+        == evaluate.greedy_accuracy(model, params, tokenizer, asked, **settings).completions
     )
 
 

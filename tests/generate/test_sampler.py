@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sage_jax.generate import sampler
+from sage_jax.generate import prompting, sampler
 
 PROMPTS = ["7+5=", "1", "8*2-5+3=", "9-9", "3+4*2-1+6="]
 
@@ -34,7 +34,7 @@ def _generate(model, params, tokenizer, prompts=PROMPTS, **settings):
 
 @pytest.mark.parametrize("jit", [jax.jit, lambda f: f], ids=["jit", "eager"])
 def test_greedy_equals_a_naive_loop_of_full_forwards(model, params, tokenizer, naive_greedy, jit):
-    ids = [sampler.encode_prompt(tokenizer, prompt) for prompt in PROMPTS]
+    ids = [prompting.encode_prompt(tokenizer, prompt) for prompt in PROMPTS]
     # An end token that greedy decoding does reach, so that both ways of stopping are seen.
     end = naive_greedy(ids[0], 6, None)[0][3]
     sample = sampler.make_sampler(model, max_new_tokens=10, eos_id=end, temperature=0)
@@ -51,7 +51,7 @@ def test_greedy_equals_a_naive_loop_of_full_forwards(model, params, tokenizer, n
 
 
 def test_nothing_follows_the_end_token(model, params, tokenizer, naive_greedy):
-    ids = [sampler.encode_prompt(tokenizer, prompt) for prompt in PROMPTS]
+    ids = [prompting.encode_prompt(tokenizer, prompt) for prompt in PROMPTS]
     end = naive_greedy(ids[0], 6, None)[0][1]
     sample = sampler.make_sampler(model, max_new_tokens=10, eos_id=[end, 2], temperature=0)
     tokens_BT, valid_BT = sampler._left_pad(ids, 16)
@@ -110,7 +110,7 @@ def test_token_frequencies_follow_the_tempered_softmax(temperature):
 
 
 def test_the_models_tokens_follow_its_tempered_nucleus(model, params, tokenizer):
-    count, ids = 3000, sampler.encode_prompt(tokenizer, "7+5=")
+    count, ids = 3000, prompting.encode_prompt(tokenizer, "7+5=")
     sample = sampler.make_sampler(model, max_new_tokens=1, eos_id=2, temperature=1.5, top_p=0.6)
     tokens_BT, valid_BT = sampler._left_pad([ids] * count, 8)
     keys = jax.random.split(jax.random.key(3), count)
@@ -175,7 +175,7 @@ def test_a_chat_prompt_goes_through_the_template(model, params, tokenizer):
         "{% if add_generation_prompt %}={% endif %}"
     )
     messages = [{"role": "user", "content": "7+5"}]
-    assert sampler.encode_prompt(chat, messages) == sampler.encode_prompt(tokenizer, "7+5=")
+    assert prompting.encode_prompt(chat, messages) == prompting.encode_prompt(tokenizer, "7+5=")
     assert _generate(model, params, chat, [messages] * 4) == _generate(
         model, params, tokenizer, ["7+5="] * 4
     )

@@ -36,6 +36,17 @@ def test_texts_stay_inside_the_alphabet_and_64_tokens():
         assert len(problem.prompt + problem.solution) < 64
 
 
+@pytest.mark.parametrize("split", ["train", "eval", "test"])
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_every_built_in_task_has_checked_problems_of_every_level_and_split(name, split):
+    task = tasks.resolve(name)
+    found = tasks.problems(task, count=40, seed=0, split=split)
+    assert {p.level for p in found} == set(task.levels)
+    assert all(task.check(p.solution, p.answer) for p in found)
+    assert all(tasks.split_of(p.prompt) == split for p in found)
+    assert set("".join(p.prompt + p.solution for p in found)) <= set(task.alphabet)
+
+
 @pytest.mark.parametrize(
     ("completion", "right"),
     [

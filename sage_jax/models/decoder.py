@@ -191,8 +191,8 @@ class Model:
         """An empty key-value cache for `batch` sequences of up to `length` tokens."""
         spec = self.spec
         shape = (spec.layers, batch, length, spec.kv_heads, spec.head_dim)
-        zeros = jnp.zeros(shape, DTYPES[self.dtype])
-        return Cache(zeros, zeros)
+        dtype = DTYPES[self.dtype]
+        return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))  # two: they may be donated
 
     def prefill(
         self,

@@ -64,8 +64,12 @@ def chunk_length(rows: int, length: int, vocabulary: int, budget_bytes: int = 2*
 
 
 def _stats_of_chunk(hidden: Array, head_DV: Array, targets: Array, logit_norm: bool) -> TokenStats:
-    # float32 accumulation whatever the dtype of the matmul's inputs.
-    logits = jnp.einsum("rtd,dv->rtv", hidden, head_DV, preferred_element_type=jnp.float32)
+    # float32 accumulation whatever the dtype of the matmul's inputs. Rows and tokens are merged for
+    # it: XLA's CPU backend contracts two axes slowly in the head's gradient. The sharded row axis
+    # stays the major one.
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    logits = jnp.matmul(flat, head_DV, preferred_element_type=jnp.float32)
+    logits = logits.reshape(*hidden.shape[:-1], -1)
     lse = jax.nn.logsumexp(logits, axis=-1)
     target_logit = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     logp = target_logit - lse
@@ -139,7 +143,8 @@ def targets(batch: batches.PackedBatch) -> tuple[Array, Array, Array]:
         where it counts.
 
     >>> rows = batches.empty(1, 4, 1)
-    >>> rows = rows._replace(tokens_RT=jnp.array([[5, 6, 7, 0]]), segment_RT=jnp.array([[1, 1, 1, 0]]),
+    >>> rows = rows._replace(tokens_RT=jnp.array([[5, 6, 7, 0]]),
+    ...                      segment_RT=jnp.array([[1, 1, 1, 0]]),
     ...                      completion_RT=jnp.array([[False, True, True, False]]))
     >>> targets(rows)[2].tolist()
     [[1.0, 1.0, 0.0, 0.0]]

@@ -36,8 +36,8 @@ def problem(rng: random.Random, level: int) -> Problem:
         3: (f"What is {a} * {b}?", "*", a * b),
         4: (f"{name} has {a} {thing} and buys {b} more. How many {thing} does {name} have now?",
             "+", a + b),
-        5: (f"There are {a} bags with {b} {thing} in each bag. How many {thing} are there in total?",
-            "*", a * b),
+        5: (f"There are {a} bags with {b} {thing} in each bag. How many {thing} are there "
+            "in total?", "*", a * b),
     }[level]  # fmt: skip
     return Problem(question + _ENDING, f"{a} {sign} {b} = {value}", str(value), level)
 

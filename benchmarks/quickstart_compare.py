@@ -1,6 +1,6 @@
 """Does SAGE need less than uniform DPO on the quickstart's task?
 
-    python benchmarks/quickstart_compare.py --seeds=0,1,2,3,4 --out=benchmarks/results/quickstart_compare.json
+    python benchmarks/quickstart_compare.py --seeds=0,1,2,3,4 --out=OUT.json
 
 A seed is a world of its own: a new faulty teacher, a decoder supervised by it, pairs sampled from
 that decoder, and held-out problems. In each world all methods start from the same decoder and the
@@ -14,6 +14,7 @@ the data and the held-out problems only.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import pathlib
 import sys
@@ -71,7 +72,7 @@ def area(points: list[dict[str, float]], axis: str, upto: float) -> float:
 
 def first_at(points: list[dict[str, float]], axis: str, level: float) -> float | None:
     """Where a curve first reaches a level, interpolated; None if it does not."""
-    for before, after in zip(points, points[1:], strict=False):
+    for before, after in itertools.pairwise(points):
         if after["accuracy"] >= level:
             rise = after["accuracy"] - before["accuracy"]
             part = (level - before["accuracy"]) / rise if rise > 0 else 0.0

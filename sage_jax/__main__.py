@@ -102,8 +102,7 @@ def parse(argv: list[str]) -> tuple[str, Any, pathlib.Path | None]:
             raise UsageError(f"{argument!r} is not a flag. Write --config.key=value.")
         if name.startswith("config.") and name.removeprefix("config.") not in known:
             hint = settings.nearest(name.removeprefix("config."), known)
-            raise UsageError(f"--{argument.removeprefix('--')}: config has no key "
-                             f"{name.removeprefix('config.')!r}. The nearest is config.{hint}.")  # fmt: skip
+            raise UsageError(f"{argument}: there is no key {name}. The nearest is config.{hint}.")
         if not name.startswith("config.") and name not in ("config", "workdir"):
             near = difflib.get_close_matches(name, ["config", "workdir"], n=1, cutoff=0.0)
             raise UsageError(f"--{name} is not a flag. Did you mean --{near[0]}?")
@@ -114,12 +113,14 @@ def parse(argv: list[str]) -> tuple[str, Any, pathlib.Path | None]:
         raise UsageError("--config=FILE is missing. Example: --config=configs/quickstart.py")
     path = find_config(given["config"])
 
+    overrides = [a for a in arguments if a.startswith("--config.")]
+    line = ["sage-jax", f"--config={path}", *overrides]
     values = flags.FlagValues()
-    holder = config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
-    first = [f"--config={path}"]
-    overrides = [a for a in arguments if a.startswith(("--config.", "-config."))]
+    holder = config_flags.DEFINE_config_file(
+        "config", lock_config=True, flag_values=values, sys_argv=line
+    )
     try:
-        values(["sage-jax", *first, *overrides])
+        values(line)
         config = holder.value
     except (flags.Error, TypeError, ValueError) as e:
         raise UsageError(_override_error(overrides, known, e)) from e

@@ -23,7 +23,9 @@ class Model:
     path: str = ""  # Hugging Face directory, .gguf file, "package:NAME", or "new" (from scratch)
     tokenizer: str = ""  # tokenizer directory; "" = the one beside the model
     dtype: str = "float32"  # of the matmuls inside the model: float32 or bfloat16
-    remat: str = "none"  # backward pass recomputes: "none" (fastest), "dots", "full" (least memory)
+    remat: str = (
+        "dots"  # backward pass recomputes: "none", all but the "dots", "full" (least memory)
+    )
     layers: int = 4  # the following shape a model from scratch (model.path = "new") only
     d_model: int = 96
     d_ff: int = 256
@@ -74,9 +76,7 @@ class Selection:
     temperature: float = 1.0  # scale of the likelihood margin
     length_normalised: bool = False  # likelihood margin from means over tokens
     stability: str = "token_error"  # source of the error: token_error, logit_norm, rounds, none
-    noise_quantile: float = (
-        0.0  # leave out this lowest share of reward margins, once training began
-    )
+    noise_quantile: float = 0.0  # share of lowest reward margins left out, once training began
     soft: float = 0.0  # exponent of in-step weights ~ score^soft; 0 = off
 
 
@@ -212,8 +212,8 @@ _CHOICES = {
     "eval.verify": ("auto", "exact", "number", "math"),
 }
 _POSITIVE = (
-    "model.layers model.d_model model.d_ff model.heads model.kv_heads data.max_length task.count loss.beta "
-    "selection.damping selection.temperature curriculum.strata optim.lr train.steps "
+    "model.layers model.d_model model.d_ff model.heads model.kv_heads data.max_length task.count "
+    "loss.beta selection.damping selection.temperature curriculum.strata optim.lr train.steps "
     "train.batch_pairs train.accumulate eval.count eval.max_new_tokens eval.batch sample.count "
     "sample.per_problem sample.pairs_per_problem checkpoint.every checkpoint.keep mesh.fsdp "
     "mesh.tensor"
@@ -378,9 +378,9 @@ def _check_together(run: Run) -> None:
     pool = run.curriculum.pool_size
     if pool and pool * kept_share(run) < run.train.batch_pairs:
         raise ValueError(
-            f"config.selection.keep={chosen.keep} keeps {pool * kept_share(run):.1f} pairs of a pool "
-            f"of {pool}, fewer than one batch of {run.train.batch_pairs}. Raise selection.keep to "
-            f"{min(1.0, run.train.batch_pairs / pool):.2f} or curriculum.pool_size to "
+            f"config.selection.keep={chosen.keep} keeps {pool * kept_share(run):.1f} pairs of a "
+            f"pool of {pool}, fewer than one batch of {run.train.batch_pairs}. Raise "
+            f"selection.keep to {min(1.0, run.train.batch_pairs / pool):.2f} or curriculum.pool_size to "
             f"{-int(-run.train.batch_pairs // kept_share(run))}."
         )
     if run.loss.label_smoothing and run.loss.name not in ("sigmoid", "robust"):

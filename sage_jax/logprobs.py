@@ -177,6 +177,13 @@ def sequence_stats(tokens: TokenStats, segment_RT: Array, mask_RT: Array, slots:
 
     Returns:
         SequenceStats, float32 [R, S, 2]; exactly 0 for empty slots. Only `logps` has a gradient.
+
+    >>> logp = jnp.array([[-1.0, -2.0, -4.0, -9.0]]); zero = jnp.zeros((1, 4))
+    >>> segment = jnp.array([[1, 1, 2, 0]])  # two chosen tokens, one rejected, one not counted
+    >>> mask = (segment > 0).astype(jnp.float32)
+    >>> stats = sequence_stats(TokenStats(logp, zero, zero, zero, zero), segment, mask, slots=1)
+    >>> stats.logps.tolist(), stats.tokens.tolist(), stats.spread.tolist()
+    ([[[-3.0, -4.0]]], [[[2.0, 1.0]]], [[[0.5, 0.0]]])
     """
     rows = segment_RT.shape[0]
 

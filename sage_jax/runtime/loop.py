@@ -176,7 +176,7 @@ class Trainer:
         )
 
     def _first_memory(self) -> curriculum.Memory:
-        """The pass over the starting policy, mostly the reference, has already scored every pair."""
+        """The pass over the starting policy has already scored every pair."""
         memory = curriculum.init_memory(len(self.pairs))
         if self.start is None:
             return memory
@@ -277,7 +277,7 @@ class Trainer:
                 f"{found['grad_norm']}. Nothing of this step was saved. Lower config.optim.lr="
                 f"{self.run.optim.lr:g}, or check the pairs of this step in selection/."
             )
-        # From the end of one step to the end of the next; evaluation and drawing set the clock anew.
+        # From the end of one step to that of the next; evaluation and drawing set the clock anew.
         seconds, self.clock = time.perf_counter() - self.clock, time.perf_counter()
         self.counters.seconds_training += seconds
         tokens = int(found.pop("num_tokens"))

@@ -1,4 +1,4 @@
-"""What each mode of the launcher does. Every function takes a checked run and returns an exit code."""
+"""What each mode of the launcher does: a function of a checked run that returns an exit code."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sage_jax.runtime import mesh as meshes
 
 
 def train(run: config.Run, workdir: pathlib.Path | None) -> int:
-    """Aligns a model on selected pairs; with compare.uniform, uniform DPO at equal FLOPs beside it."""
+    """Aligns a model on selected pairs, with uniform DPO at equal FLOPs beside it if asked."""
     if run.loss.name == "sft":
         raise ValueError("config.loss.name='sft' needs no pairs. Use the mode: sage-jax sft.")
     return _fit(run, _open(run, workdir, "train"), "train")
@@ -73,9 +73,9 @@ def _fit(run: config.Run, workdir: pathlib.Path, mode: str) -> int:
     if mode == "train":
         start = setup.stored_stats(run, policy, passes, pairs, "reference")
     reference = setup.reference_logps(run, policy, passes, pairs, start)
-    parts: dict[str, Any] = dict(
-        policy=policy, passes=passes, pairs=pairs, start=start, reference=reference
-    )
+    parts: dict[str, Any] = {
+        "policy": policy, "passes": passes, "pairs": pairs, "start": start, "reference": reference
+    }  # fmt: skip
     with loop.stop_signal() as stopped:
         outcome = loop.Trainer(
             run, workdir, **parts, evaluate=evaluator,
@@ -269,8 +269,10 @@ def eval(run: config.Run, workdir: pathlib.Path | None) -> int:
         ]  # fmt: skip
         print(progress.table(["level", "greedy accuracy (95 %)", "problems"], levels))
     if pairs is not None:
-        print(f"\nloss {row['eval_loss']:.4f}, rewards/accuracies {row['eval_rewards/accuracies']:.3f}"
-              f" on {len(pairs)} pairs")  # fmt: skip
+        accuracy = row["eval_rewards/accuracies"]
+        print(
+            f"\nloss {row['eval_loss']:.4f}, rewards/accuracies {accuracy:.3f}, {len(pairs)} pairs"
+        )
     if workdir is not None:
         workdir.mkdir(parents=True, exist_ok=True)
         writers.write_json(workdir / "eval.json", row)
@@ -279,7 +281,7 @@ def eval(run: config.Run, workdir: pathlib.Path | None) -> int:
 
 
 def score(run: config.Run, workdir: pathlib.Path | None) -> int:
-    """Scores a data set with a fresh pass; writes scores.jsonl and the selected rows as they came."""
+    """Scores a data set; writes the scores, and the selected rows as they came."""
     from sage_jax.runtime import scoring
 
     return scoring.score(run, _need(workdir, "score"))
@@ -320,8 +322,7 @@ def doctor(run: config.Run, workdir: pathlib.Path | None) -> int:
         setup.sources(run, run.data.train), format=run.data.format, on_bad_row="skip"
     )
     encoded = encode.encode(found, tokenizer, max_length=run.data.max_length)
-    _, text = doctors.report(found, encoded)
-    print(text)
+    print(doctors.report(found, encoded)[1])
     return 0
 
 

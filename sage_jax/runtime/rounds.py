@@ -113,7 +113,7 @@ def next_round(
         run: the settings.
         pairs: the data set.
         shape: static shape of the rows.
-        score_pool: scores of drawn pairs, `index_P -> PairScores`; None when the selector needs none.
+        score_pool: scores of drawn pairs, `index_P -> PairScores`; None: nothing is scored.
 
     Returns:
         The round, and what the selection saw.

@@ -96,7 +96,7 @@ def load_policy(run: config.Run, mesh: jax.sharding.Mesh) -> Policy:
 
 
 def load_tokenizer(run: config.Run) -> Any:
-    """The tokenizer that a run names; a new model for a built-in task gets the task's characters."""
+    """The tokenizer that a run names; a new model gets the characters of its task."""
     from sage_jax import models
 
     where = run.model.tokenizer or run.model.path

@@ -1,0 +1,229 @@
+"""Whole runs: interrupted ones end like uninterrupted ones, and every number in them adds up."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from sage_jax import __main__ as launcher
+from sage_jax import config
+from sage_jax.data import encode, records
+from sage_jax.report import writers
+from sage_jax.runtime import loop, modes, rounds, setup
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+SMALL = {
+    "train.steps": 10, "train.batch_pairs": 8, "curriculum.pool_size": 48, "checkpoint.every": 3,
+    "eval.count": 16, "eval.every": 4, "eval.batch": 16, "compare.uniform": False,
+    "data.limit": 200,
+}  # fmt: skip
+
+
+def command(workdir, **changes):
+    settings = [f"--config.{k}={v}" for k, v in (SMALL | changes).items()]
+    return [
+        "train",
+        f"--config={ROOT / 'configs/quickstart.py'}",
+        f"--workdir={workdir}",
+        *settings,
+    ]
+
+
+def small_run(**changes):
+    _, found, _ = launcher.parse(command("unused", **changes))
+    return config.resolve(found)
+
+
+def rows_of(workdir):
+    text = (workdir / "metrics.jsonl").read_text()
+    rows = [json.loads(line) for line in text.splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows]
+
+
+def result(workdir):
+    """What has to be the same, bit for bit: metrics, selections, weights."""
+    chosen = {p.name: p.read_bytes() for p in sorted((workdir / "selection").iterdir())}
+    return rows_of(workdir), chosen, (workdir / "export" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAGE_JAX_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    base = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SAGE_JAX_CACHE", str(base / "cache"))
+        assert launcher.main(command(base / "run")) == 0
+    return base / "run"
+
+
+def start(workdir, cache):
+    env = os.environ | {"SAGE_JAX_CACHE": str(cache), "JAX_PLATFORMS": "cpu"}
+    # The tests have eight virtual devices; so must the run that is compared with theirs.
+    code = (
+        "import sys, jax; jax.config.update('jax_num_cpu_devices', 8); "
+        "from sage_jax.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *command(workdir)], env=env, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def wait_for_rows(process, workdir, count, seconds=240):
+    path = workdir / "metrics.jsonl"
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if path.exists() and path.read_text().count("\n") >= count:
+            return
+        if process.poll() is not None:
+            raise AssertionError(f"ended early: {process.communicate()}")
+        time.sleep(0.02)
+    process.kill()
+    raise AssertionError(f"no {count} rows in {seconds} s: {process.communicate()}")
+
+
+@pytest.mark.slow
+def test_killed_runs_go_on_bit_for_bit(uninterrupted, tmp_path):
+    workdir = tmp_path / "run"
+    for rows in (2, 8):  # before the first checkpoint, and between two later ones
+        process = start(workdir, tmp_path / "cache")
+        wait_for_rows(process, workdir, rows)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert launcher.main(command(workdir)) == 0
+    mine, whole = result(workdir), result(uninterrupted)
+    assert mine[0] == whole[0]
+    assert mine[1] == whole[1]
+    assert mine[2] == whole[2]
+
+
+@pytest.mark.slow
+def test_sigterm_saves_ends_cleanly_and_the_same_command_goes_on(uninterrupted, tmp_path):
+    workdir = tmp_path / "run"
+    process = start(workdir, tmp_path / "cache")
+    wait_for_rows(process, workdir, 2)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0 and "Stopped after step" in out and "Traceback" not in err
+    assert not (workdir / "summary.json").exists()
+    assert launcher.main(command(workdir)) == 0
+    assert result(workdir) == result(uninterrupted)
+
+
+def test_a_finished_run_is_told_again_not_trained_again(uninterrupted, capsys):
+    before = (uninterrupted / "metrics.jsonl").read_bytes()
+    assert launcher.main(command(uninterrupted)) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert (uninterrupted / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_objective_in_the_same_workdir_is_refused_with_its_key(uninterrupted, capsys):
+    before = sorted(p.name for p in uninterrupted.iterdir())
+    assert launcher.main(command(uninterrupted, **{"loss.beta": 0.2})) == 2
+    assert "config.loss.beta was 0.5, now 0.2" in capsys.readouterr().err
+    assert sorted(p.name for p in uninterrupted.iterdir()) == before
+
+
+def test_rows_and_summary_add_up(uninterrupted):
+    rows = rows_of(uninterrupted)
+    summary = json.loads((uninterrupted / "summary.json").read_text())
+    assert [row["step"] for row in rows] == list(range(SMALL["train.steps"] + 1))
+    first = rows[0]
+    assert abs(first["loss"] - np.log(2)) < 5e-5 and first["rewards/accuracies"] == 0.0
+    assert summary["accuracy_before"] == first["eval_accuracy"]
+    assert summary["accuracy_after"] == rows[-1]["eval_accuracy"]
+    assert (
+        summary["steps"] == SMALL["train.steps"] and summary["pairs_trained"] == rows[-1]["pairs"]
+    )
+    assert summary["flops_scoring"] == 0.0  # margins are remembered
+    assert summary["flops_training"] == rows[-1]["flops"] > rows[-2]["flops"] > 0
+    assert [r["step"] for r in rows if "eval_accuracy" in r] == [0, 4, 8, 10]
+    logged = writers.read_rows(uninterrupted / "selection" / "round_00000.jsonl")
+    assert len(logged) == 48 and sum(row["selected"] for row in logged) == 24
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """A loaded model and its data, for runs inside this process."""
+    from sage_jax.runtime import mesh as meshes
+
+    base = tmp_path_factory.mktemp("job")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SAGE_JAX_CACHE", str(base))
+        run, mesh = small_run(), meshes.make_mesh()
+        policy = setup.load_policy(run, mesh)
+        pairs = setup.load_pairs(run, policy.tokenizer, run.data.train)
+        passes = setup.Passes(policy, mesh, setup.row_shape(run, pairs.lengths_N2, mesh))
+        stats = setup.stored_stats(run, policy, passes, pairs, "reference")
+    return {"policy": policy, "passes": passes, "pairs": pairs, "start": stats,
+            "reference": stats.logps}  # fmt: skip
+
+
+def train(job, workdir, run):
+    workdir.mkdir(parents=True)
+    trainer = loop.Trainer(run, workdir, **job, evaluate=lambda _: {}, label="test")
+    return trainer, trainer.train(lambda: False)
+
+
+def test_fresh_scores_are_those_of_a_pass_over_the_pool_and_are_counted(job, tmp_path):
+    run = small_run(**{"selection.scoring": "fresh", "train.steps": 3})
+    trainer, outcome = train(job, tmp_path / "run", run)
+    pool = trainer.round.pool_P
+    assert outcome.counters.flops_scoring == pytest.approx(trainer.flops_N[pool].sum())
+    # One round of 24 pairs at 3 forward units each, after 48 at 1: two parts of five.
+    share = outcome.counters.flops_scoring / outcome.counters.flops_training
+    assert share == pytest.approx(48 / (3 * 24), rel=0.2)
+
+
+def test_uniform_keeps_no_scores_and_visits_every_pair_once_an_epoch(job, tmp_path):
+    run = small_run(**{"selection.name": "uniform", "train.steps": 12})
+    trainer, _ = train(job, tmp_path / "run", run)
+    assert trainer.memory.visits.max() == 1  # the reference pass alone
+    assert set(trainer.memory.drawn) <= {0, 1}
+    run = small_run(**{"selection.name": "uniform", "train.steps": 26})
+    trainer, _ = train(job, tmp_path / "more", run)
+    assert set(trainer.memory.drawn) <= {1, 2}
+
+
+def test_training_refreshes_the_margins_that_the_next_selection_uses(job, tmp_path):
+    trainer, _ = train(job, tmp_path / "run", small_run())
+    trained = trainer.memory.trained > 0
+    at_start = job["start"].logps[:, 0] - job["start"].logps[:, 1]
+    moved = np.abs(trainer.memory.likelihood_margin - at_start) > 1e-3
+    assert moved[trained].mean() > 0.6 and not moved[~trained].any()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(job, tmp_path):
+    broken = job | {"reference": np.where(np.arange(200)[:, None] >= 0, np.nan, job["reference"])}
+    with pytest.raises(FloatingPointError, match="Step 0: the loss is nan"):
+        train(broken, tmp_path / "run", small_run(**{"selection.name": "uniform"}))
+    assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
+
+
+def test_the_twin_spends_the_flops_of_the_run(job, tmp_path):
+    run = small_run(**{"selection.scoring": "fresh", "train.steps": 9})
+    trainer, outcome = train(job, tmp_path / "run", run)
+    twin = modes.uniform_twin(run, outcome, trainer.flops_N)
+    _, other = train(job, tmp_path / "twin", twin)
+    spent = outcome.counters.flops_scoring + outcome.counters.flops_training
+    per_step = other.counters.flops_training / other.counters.step
+    assert abs(other.counters.flops_training - spent) < 1.5 * per_step
+    assert other.counters.flops_scoring == 0.0
+
+
+def test_difficulty_column_with_gaps_is_refused():
+    rows = [{"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4], "level": 1},
+            {"prompt_ids": [1, 5], "chosen_ids": [3], "rejected_ids": [4]}]  # fmt: skip
+    pairs = encode.encode(records.read(rows), None, max_length=8)
+    with pytest.raises(ValueError, match="1 of 2 pairs have no value"):
+        rounds.difficulty(pairs, None, "level")

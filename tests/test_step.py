@@ -1,0 +1,167 @@
+"""Steps: accumulation, empty rows, retracing, sharding, and scores that come for free."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from sage_jax import batch, logprobs, losses, scores, selection, step
+from sage_jax.runtime import mesh as meshes
+
+T, S, D, V = 16, 1, 8, 30
+
+
+def rows_of(count, seed=0, weight=1.0):
+    rng = np.random.default_rng(seed)
+    rows = batch.empty(count, T, S)
+    for r in range(count):
+        rows.pair_RS[r, 0], rows.weight_RS[r, 0] = r, weight
+        rows.ref_logps_RS2[r, 0] = rng.normal(size=2) - 8
+        for side in range(2):
+            span = slice(8 * side, 8 * side + int(rng.integers(4, 9)))
+            rows.tokens_RT[r, span] = rng.integers(1, V, span.stop - span.start)
+            rows.segment_RT[r, span] = batch.segment_id(0, side)
+            rows.completion_RT[r, span.start + 2 : span.stop] = True
+    return rows
+
+
+def params(seed=0):
+    rng = np.random.default_rng(seed)
+    embed, head = rng.normal(size=(V, D)), rng.normal(size=(D, V))
+    return {"embed": jnp.float32(embed), "head": jnp.float32(head)}
+
+
+logps_fn = logprobs.make_logps_fn(lambda p, _, b: p["embed"][b.tokens_RT], lambda p, _: p["head"])
+score_fn = scores.make_score_fn(losses.sigmoid(0.1))
+
+
+def run(rows, count=1, **settings):
+    tx = optax.sgd(0.1)
+    fn = jax.jit(step.make_train_step(logps_fn, losses.sigmoid(0.1), tx, **settings))
+    state, output = step.init_state(params(), tx), None
+    for _ in range(count):
+        state, output = fn(state, None, rows)
+    return state, output
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulated_parts_give_the_step_of_the_whole_batch(parts):
+    rows = rows_of(8)
+    rows.weight_RS[3] = 0.25
+    rows.pair_RS[5] = -1
+    whole, a = run(rows, score_fn=score_fn)
+    cut, b = run(rows, score_fn=score_fn, accumulate=parts)
+    for x, y in zip(jax.tree.leaves(whole.params), jax.tree.leaves(cut.params), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+    for name in a.metrics:
+        np.testing.assert_allclose(a.metrics[name], b.metrics[name], rtol=1e-5, atol=1e-5)
+    margins = (x.pairs.pessimistic_margin for x in (a, b))
+    np.testing.assert_allclose(*margins, rtol=1e-5)
+
+
+def test_empty_rows_change_nothing():
+    rows = rows_of(4)
+    padded = jax.tree.map(lambda x, e: np.concatenate([x, e]), rows, batch.empty(3, T, S))
+    (a, out_a), (b, out_b) = run(rows), run(padded)
+    for x, y in zip(jax.tree.leaves(a.params), jax.tree.leaves(b.params), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(out_a.metrics["loss"], out_b.metrics["loss"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(losses.LOSSES))
+def test_a_batch_without_any_pair_has_loss_and_gradient_zero(name):
+    tx = optax.sgd(0.1)
+    fn = step.make_train_step(logps_fn, losses.LOSSES[name](), tx, nll_weight=0.5)
+    before = step.init_state(params(), tx)
+    state, output = fn(before, None, batch.empty(2, T, S))
+    assert float(output.metrics["loss"]) == 0.0 and float(output.metrics["grad_norm"]) == 0.0
+    assert all(jnp.array_equal(x, y) for x, y in zip(
+        jax.tree.leaves(state.params), jax.tree.leaves(before.params), strict=True))  # fmt: skip
+
+
+def test_two_batches_of_one_shape_share_one_trace():
+    tx, traces = optax.sgd(0.1), []
+
+    def counted(p, frozen, rows):
+        traces.append(1)
+        return logps_fn(p, frozen, rows)
+
+    fn = jax.jit(step.make_train_step(counted, losses.sigmoid(), tx))
+    state = step.init_state(params(), tx)
+    for seed in range(3):
+        state, _ = fn(state, None, rows_of(4, seed))
+    assert len(traces) == 1
+
+
+def test_train_step_reports_the_scores_that_a_scoring_pass_computes():
+    rows = rows_of(6)
+    _, output = run(rows, score_fn=score_fn)
+    alone = step.make_score_step(logps_fn, score_fn)(params(), None, rows)
+    for name, value in alone._asdict().items():
+        np.testing.assert_allclose(getattr(output.pairs, name), value, rtol=1e-5, err_msg=name)
+
+
+def test_gradient_of_the_step_is_that_of_the_loss_written_out():
+    rows, p = rows_of(5), params()
+
+    def written(p):
+        stats = logps_fn(p, None, rows)
+        ratio = stats.logps[:, 0] - rows.ref_logps_RS2[:, 0]
+        return -jnp.mean(jax.nn.log_sigmoid(0.1 * (ratio[:, 0] - ratio[:, 1])))
+
+    state, output = run(rows)
+    value, grads = jax.value_and_grad(written)(p)
+    np.testing.assert_allclose(output.metrics["loss"], value, rtol=1e-6)
+    for name in p:
+        expected = p[name] - 0.1 * grads[name]
+        np.testing.assert_allclose(state.params[name], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_policy_equal_to_its_reference_logs_ln2_and_accuracy_zero():
+    rows = rows_of(6)
+    stats = step.make_stats_step(logps_fn)(params(), None, rows)
+    # The reference ran in another program: its last bits differ.
+    rows = rows._replace(ref_logps_RS2=np.asarray(stats.logps) * np.float32(1 + 1e-6))
+    _, output = run(rows)
+    np.testing.assert_allclose(output.metrics["loss"], np.log(2), atol=1e-5)
+    assert float(output.metrics["rewards/accuracies"]) == 0.0
+
+
+def test_soft_weights_follow_the_score_and_carry_no_gradient():
+    rows = rows_of(6)
+
+    def weigh(pairs, weight):
+        return selection.soft_weights(pairs.score, 1.0, weight)
+
+    _, output = run(rows, score_fn=score_fn, weight_fn=weigh)
+    stats = logps_fn(params(), None, rows)
+    pairs = score_fn(stats, rows.ref_logps_RS2)
+    loss = step.pair_losses(losses.sigmoid(0.1), stats, rows.ref_logps_RS2)
+    expected = np.sum(np.asarray(pairs.score * loss)) / np.sum(np.asarray(pairs.score))
+    np.testing.assert_allclose(output.metrics["loss"], expected, rtol=1e-5)
+    with pytest.raises(ValueError, match="score_fn"):
+        step.make_train_step(logps_fn, losses.sigmoid(), optax.sgd(0.1), weight_fn=weigh)
+
+
+def test_rows_that_do_not_divide_into_parts_are_an_error():
+    with pytest.raises(ValueError, match=r"6 rows .* 4 accumulation parts"):
+        run(rows_of(6), accumulate=4)
+
+
+def test_eight_devices_take_the_step_of_one():
+    rows, tx = rows_of(16), optax.adam(1e-2)
+    train = step.make_train_step(logps_fn, losses.sigmoid(0.1), tx, score_fn=score_fn)
+    found = []
+    for count in (1, 8):
+        mesh = meshes.make_mesh(devices=jax.devices()[:count])
+        whole = meshes.replicated(mesh)
+        inputs = (whole, None, meshes.batch_sharding(mesh))
+        fn = jax.jit(train, in_shardings=inputs, out_shardings=whole)
+        state = jax.device_put(step.init_state(params(), tx), whole)
+        losses_seen = []
+        for _ in range(5):
+            state, output = fn(state, None, meshes.put(rows, mesh))
+            losses_seen.append(float(output.metrics["loss"]))
+        found.append(losses_seen)
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-5)

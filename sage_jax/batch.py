@@ -38,7 +38,11 @@ class PackedBatch(NamedTuple):
 
 
 def segment_id(slot: int, side: int) -> int:
-    """The id that marks the tokens of one side of the pair in a slot of its row."""
+    """The id that marks the tokens of one side of the pair in a slot of its row.
+
+    >>> [segment_id(slot, side) for slot in range(2) for side in (CHOSEN, REJECTED)]
+    [1, 2, 3, 4]
+    """
     return 1 + 2 * slot + side
 
 

@@ -130,27 +130,65 @@ def _ranked(*keys_P: Array) -> np.ndarray:
 
 
 def sage(pairs: scores.PairScores, rng: np.random.Generator) -> np.ndarray:
-    """Highest SAGE score first; equal scores by the lower pessimistic margin."""
+    """Highest SAGE score first; equal scores by the lower pessimistic margin.
+
+    The first pair is the most wrong, but too uncertain of it to come before the second.
+
+    >>> from sage_jax import losses
+    >>> margin, error = np.array([-4.0, 0.0, 3.0]), np.array([3.0, 0.5, 0.5])
+    >>> pairs = scores.make_rescore_fn(losses.sigmoid())(margin, margin, error)
+    >>> sage(pairs, np.random.default_rng(0)).tolist()
+    [1.0, 2.0, 0.0]
+    """
     return _ranked(pairs.score, -np.asarray(pairs.pessimistic_margin))
 
 
 def random(pairs: scores.PairScores, rng: np.random.Generator) -> np.ndarray:
-    """A random order: the twin that a claim about a score has to beat."""
+    """A random order: the twin that a claim about a score has to beat.
+
+    >>> from sage_jax import losses
+    >>> margin = np.array([-4.0, 0.0, 3.0])
+    >>> pairs = scores.make_rescore_fn(losses.sigmoid())(margin, margin, np.zeros(3))
+    >>> priority_P = random(pairs, np.random.default_rng(0))  # the same for any margins
+    >>> np.argsort(-priority_P).tolist()
+    [0, 1, 2]
+    """
     return rng.random(len(pairs.margin))
 
 
 def gradient(pairs: scores.PairScores, rng: np.random.Generator) -> np.ndarray:
-    """Largest gradient signal first; equal signals by the lower margin. No curvature, no doubt."""
+    """Largest gradient signal first; equal signals by the lower margin. No curvature, no doubt.
+
+    >>> from sage_jax import losses
+    >>> margin = np.array([-4.0, 0.0, 3.0])
+    >>> pairs = scores.make_rescore_fn(losses.sigmoid())(margin, margin, np.zeros(3))
+    >>> gradient(pairs, np.random.default_rng(0)).tolist()
+    [2.0, 1.0, 0.0]
+    """
     return _ranked(pairs.gradient_signal, -np.asarray(pairs.margin))
 
 
 def hard_first(pairs: scores.PairScores, rng: np.random.Generator) -> np.ndarray:
-    """Lowest margin first."""
+    """Lowest margin first.
+
+    >>> from sage_jax import losses
+    >>> margin = np.array([-4.0, 0.0, 3.0])
+    >>> pairs = scores.make_rescore_fn(losses.sigmoid())(margin, margin, np.zeros(3))
+    >>> hard_first(pairs, np.random.default_rng(0)).tolist()
+    [2.0, 1.0, 0.0]
+    """
     return _ranked(-np.asarray(pairs.margin))
 
 
 def max_curvature(pairs: scores.PairScores, rng: np.random.Generator) -> np.ndarray:
-    """Most undecided first: largest curvature, then the margin nearest 0."""
+    """Most undecided first: largest curvature, then the margin nearest 0.
+
+    >>> from sage_jax import losses
+    >>> margin = np.array([-4.0, 0.0, 3.0])
+    >>> pairs = scores.make_rescore_fn(losses.sigmoid())(margin, margin, np.zeros(3))
+    >>> max_curvature(pairs, np.random.default_rng(0)).tolist()
+    [0.0, 2.0, 1.0]
+    """
     return _ranked(pairs.curvature, -np.abs(pairs.margin))
 
 

@@ -169,6 +169,25 @@ def make_train_step(
 
     Raises:
         ValueError: `weight_fn` without `score_fn`, or rows that `accumulate` does not divide.
+
+    >>> rows = batches.empty(1, 8, 1)  # one pair: prompt 1 2, chosen 3 3, rejected 4 4
+    >>> rows.tokens_RT[0] = [1, 2, 3, 3, 1, 2, 4, 4]
+    >>> rows.segment_RT[0] = [1, 1, 1, 1, 2, 2, 2, 2]
+    >>> rows.completion_RT[0] = [False, False, True, True] * 2
+    >>> rows.pair_RS[0], rows.weight_RS[0] = 0, 1.0
+    >>> params = {"embed": jnp.eye(5)}  # a model whose hidden state is its token's embedding
+    >>> logps_fn = logprobs.make_logps_fn(lambda p, _, batch: p["embed"][batch.tokens_RT],
+    ...                                   lambda p, _: p["embed"].T)
+    >>> rows = rows._replace(ref_logps_RS2=make_stats_step(logps_fn)(params, None, rows).logps)
+    >>> loss, tx = losses.sigmoid(0.1), optax.sgd(1.0)
+    >>> train = make_train_step(logps_fn, loss, tx, score_fn=scores.make_score_fn(loss))
+    >>> state = init_state(params, tx)
+    >>> for _ in range(3):
+    ...     state, output = jax.jit(train)(state, None, rows)
+    ...     print(f"{output.metrics['loss']:.4f} {float(output.pairs.score[0, 0]):.4f}")
+    0.6931 0.0693
+    0.6785 0.0454
+    0.6643 0.0287
     """
     if weight_fn is not None and score_fn is None:
         raise ValueError("weight_fn needs the scores of score_fn. Give both, or neither.")
@@ -229,6 +248,17 @@ def make_stats_step(logps_fn: logprobs.LogpsFn):
     """Makes a forward-only `step(params, frozen, batch) -> SequenceStats` of [R, S, 2] arrays.
 
     The reference pass and the preference evaluation are this step.
+
+    >>> rows = batches.empty(1, 8, 1)  # one pair: prompt 1 2, chosen 3 3, rejected 4 4
+    >>> rows.tokens_RT[0] = [1, 2, 3, 3, 1, 2, 4, 4]
+    >>> rows.segment_RT[0] = [1, 1, 1, 1, 2, 2, 2, 2]
+    >>> rows.completion_RT[0] = [False, False, True, True] * 2
+    >>> rows.pair_RS[0], rows.weight_RS[0] = 0, 1.0
+    >>> embed = jnp.zeros((5, 2))  # a model that finds each of 5 tokens equally likely
+    >>> logps_fn = logprobs.make_logps_fn(lambda p, _, b: p[b.tokens_RT], lambda p, _: p.T)
+    >>> stats = make_stats_step(logps_fn)(embed, None, rows)
+    >>> (stats.logps / jnp.log(5)).tolist(), stats.tokens.tolist()
+    ([[[-2.0, -2.0]]], [[[2.0, 2.0]]])
     """
 
     def step(params: Any, frozen: Any, batch: batches.PackedBatch) -> logprobs.SequenceStats:
@@ -238,7 +268,18 @@ def make_stats_step(logps_fn: logprobs.LogpsFn):
 
 
 def make_score_step(logps_fn: logprobs.LogpsFn, score_fn: ScoreFn):
-    """Makes a forward-only `step(params, frozen, batch) -> PairScores` of [R, S] arrays."""
+    """Makes a forward-only `step(params, frozen, batch) -> PairScores` of [R, S] arrays.
+
+    >>> def logps_fn(params, frozen, batch):  # a real one comes from logprobs.make_logps_fn
+    ...     zero = jnp.zeros((1, 1, 2))
+    ...     return logprobs.SequenceStats(params * jnp.array([-3.0, -2.0]) + zero, zero + 2,
+    ...                                   zero + 0.5, zero, zero, zero, zero)
+    >>> rows = batches.empty(1, 8, 1)._replace(pair_RS=jnp.array([[7]]))
+    >>> score = jax.jit(make_score_step(logps_fn, scores.make_score_fn(losses.sigmoid(0.1))))
+    >>> pairs = score(1.0, None, rows)
+    >>> pairs.likelihood_margin.tolist(), pairs.margin_error.tolist()
+    ([[-1.0]], [[1.0]])
+    """
 
     def step(params: Any, frozen: Any, batch: batches.PackedBatch) -> scores.PairScores:
         stats = jax.lax.stop_gradient(logps_fn(params, frozen, batch))
@@ -257,6 +298,15 @@ def make_eval_step(logps_fn: logprobs.LogpsFn, loss: losses.Loss):
     Returns:
         An un-jitted `step(params, frozen, batch) -> (SequenceStats, loss_RS)`. Unreduced, so that
         the mean over many batches is the mean over pairs, not over batches.
+
+    >>> def logps_fn(params, frozen, batch):  # a real one comes from logprobs.make_logps_fn
+    ...     zero = jnp.zeros((1, 1, 2))
+    ...     return logprobs.SequenceStats(params * jnp.array([-3.0, -2.0]) + zero, zero + 2,
+    ...                                   zero + 0.5, zero, zero, zero, zero)
+    >>> rows = batches.empty(1, 8, 1)._replace(pair_RS=jnp.array([[7]]))
+    >>> stats, loss_RS = jax.jit(make_eval_step(logps_fn, losses.sigmoid(0.1)))(1.0, None, rows)
+    >>> stats.logps.tolist(), [round(float(x), 4) for x in loss_RS[0]]  # ln(1 + exp(0.1))
+    ([[[-3.0, -2.0]]], [0.7444])
     """
 
     def step(params: Any, frozen: Any, batch: batches.PackedBatch):

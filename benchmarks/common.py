@@ -65,6 +65,30 @@ def median_seconds(fn: Callable[[], Any], *, repeats: int, warmup: int = 2) -> f
     return statistics.median(times)
 
 
+def interleaved_seconds(
+    fns: dict[str, Callable[[], Any]], *, repeats: int, warmup: int = 2
+) -> dict[str, list[float]]:
+    """Wall times of calls that take turns, so that what slows the machine down slows all of them.
+
+    Every other turn goes backwards, so that none profits from its place.
+    """
+    import jax
+
+    seconds: dict[str, list[float]] = {name: [] for name in fns}
+    for turn in range(warmup + repeats):
+        for name in list(fns) if turn % 2 else reversed(fns):
+            start = time.perf_counter()
+            jax.block_until_ready(fns[name]())
+            if turn >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def median_ratio(numerator: list[float], denominator: list[float]) -> float:
+    """Median of the ratios turn by turn: both sides of each were measured side by side."""
+    return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
+
+
 def write(path: str | None, result: dict[str, Any]) -> None:
     """Prints the result as JSON, or writes it to a file."""
     text = json.dumps({"command": " ".join(sys.argv), "machine": machine()} | result, indent=1)

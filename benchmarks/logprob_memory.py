@@ -10,6 +10,7 @@ and over budgets of bytes for a chunk. All variants run in turn, so that ratios 
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import sys
 from typing import Any
@@ -74,7 +75,7 @@ def main() -> None:
         compiled[name] = both.lower(hidden, head, targets).compile()
         table[name] = {"temporary_bytes": compiled[name].memory_analysis().temp_size_in_bytes}
 
-    calls = {name: lambda fn=fn: fn(hidden, head, targets) for name, fn in compiled.items()}
+    calls = {k: functools.partial(fn, hidden, head, targets) for k, fn in compiled.items()}
     seconds = common.interleaved_seconds(calls, repeats=args.repeats, warmup=1)
     for name, row in table.items():
         row["seconds"] = statistics.median(seconds[name])

@@ -12,8 +12,8 @@ def get_config():
     c = config.default()
     c.model.path = "package:sage_jax/assets/quickstart"
     c.data.train = "package:sage_jax/assets/quickstart/pairs.jsonl"
-    c.loss.beta = 0.5
-    c.optim.lr = 1e-4
+    c.loss.beta, c.loss.nll_weight = 0.3, 0.5
+    c.optim.lr = 5e-5
     c.optim.schedule = "constant"
     c.train.steps, c.train.batch_pairs = 200, 32
     c.curriculum.pool_size = 1024

@@ -14,6 +14,7 @@ from sage_jax.report import writers
 
 _PAUSE = 5.0  # seconds between plain lines, at least
 _SILENCE = 30.0  # seconds without a line, at most, while there is progress
+_PATIENCE = 10.0  # seconds of work inside other work that are not worth a line
 
 
 class Progress:
@@ -24,6 +25,8 @@ class Progress:
         label: what is being done, for example "sage".
         unit: plural of the things, for example "steps".
         start: how many are done already, in a resumed run; they do not count for the rate.
+        aside: work inside other work that has a bar of its own: shown only when it takes more than
+            ten seconds, and gone from a terminal when it is done.
         stream: where to write; stderr by default.
         clock: seconds, for tests.
 
@@ -40,6 +43,7 @@ class Progress:
         unit: str,
         *,
         start: int = 0,
+        aside: bool = False,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
@@ -49,6 +53,8 @@ class Progress:
         self._clock = clock
         self._began = self._said_at = clock()
         self._said = start
+        self._note = ""
+        self._patience = _PATIENCE if aside else 0.0
         self._bar: Any = None
         self._silent = total <= 0 or not writers.first_process()
         if not self._silent and self._stream.isatty():
@@ -56,12 +62,12 @@ class Progress:
 
             self._bar = tqdm.tqdm(
                 total=total, initial=start, desc=label, unit=f" {unit}", file=self._stream,
-                dynamic_ncols=True,
+                dynamic_ncols=True, leave=not aside, delay=self._patience,
             )  # fmt: skip
 
     def update(self, count: int = 1, note: str = "") -> None:
         """Says that `count` more things are done; `note` is shown behind, such as a loss."""
-        self.done += count
+        self.done, self._note = self.done + count, note or self._note
         if self._silent:
             return
         if self._bar is not None:
@@ -71,15 +77,17 @@ class Progress:
             return
         pause = self._clock() - self._said_at
         enough = self.done - self._said >= 0.1 * self.total or pause >= _SILENCE
-        if self.done < self.total and pause >= _PAUSE and enough:
-            self._say(note)
+        waited = self._clock() - self._began >= self._patience
+        if self.done < self.total and pause >= _PAUSE and enough and waited:
+            self._say()
 
     def close(self) -> None:
         """Ends the bar, or prints the last line."""
         if self._bar is not None:
             self._bar.close()
         elif not self._silent and self.done > self._said:
-            self._say()
+            if self._clock() - self._began >= self._patience:
+                self._say()
         self._silent, self._bar = True, None
 
     def __enter__(self) -> Self:
@@ -88,7 +96,7 @@ class Progress:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _say(self, note: str = "") -> None:
+    def _say(self) -> None:
         now = self._clock()
         seconds = now - self._began
         text = f"{self.label}: {self.done}/{self.total} {self.unit}"
@@ -100,7 +108,8 @@ class Progress:
             text += f", {duration((self.total - self.done) / rate)} left"
         else:
             text += f", {duration(seconds)}"
-        print(text + (f", {note}" if note else ""), file=self._stream, flush=True)
+        text += f", {self._note}" if self._note else ""
+        print(text, file=self._stream, flush=True)
         self._said, self._said_at = self.done, now
 
 

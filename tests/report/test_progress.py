@@ -7,6 +7,11 @@ import pytest
 from sage_jax.report import progress, writers
 
 
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
 class Clock:
     def __init__(self):
         self.now = 100.0
@@ -60,11 +65,35 @@ def test_a_note_is_shown():
     assert stream.getvalue().endswith("left, loss 0.61\n")
 
 
-def test_a_terminal_gets_a_bar_with_rate_and_time_left():
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
+def test_the_last_note_stays_on_the_last_line():
+    clock, stream = Clock(), io.StringIO()
+    with progress.Progress(10, "sage", "steps", stream=stream, clock=clock) as bar:
+        bar.update(9, note="loss 0.61")
+        bar.update(1)
+    assert stream.getvalue().endswith("loss 0.61\n")
 
+
+@pytest.mark.parametrize(("seconds_each", "lines"), [(0.9, 0), (3.0, 7)])
+def test_work_inside_other_work_is_shown_only_when_it_takes_long(seconds_each, lines):
+    clock, stream = Clock(), io.StringIO()
+    with progress.Progress(
+        10, "evaluating", "problems", aside=True, stream=stream, clock=clock
+    ) as bar:
+        for _ in range(10):
+            clock.now += seconds_each
+            bar.update()
+    assert stream.getvalue().count("\n") <= lines
+    assert bool(stream.getvalue()) == (lines > 0)
+
+
+def test_work_inside_other_work_leaves_no_bar_on_a_terminal():
+    stream = Terminal()
+    with progress.Progress(10, "evaluating", "problems", aside=True, stream=stream) as bar:
+        bar.update(10)
+    assert not stream.getvalue().strip()
+
+
+def test_a_terminal_gets_a_bar_with_rate_and_time_left():
     stream = Terminal()
     with progress.Progress(10, "sage", "steps", start=4, stream=stream) as bar:
         for _ in range(6):

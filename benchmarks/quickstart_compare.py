@@ -80,6 +80,15 @@ def first_at(points: list[dict[str, float]], axis: str, level: float) -> float |
     return None
 
 
+def setting(change: str) -> tuple[str, object]:
+    """A `key=value` of the command line; values are JSON, or text."""
+    key, _, value = change.partition("=")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value
+
+
 def mean_error(values: list[float]) -> dict[str, float]:
     error = float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
     return {"mean": float(np.mean(values)), "standard_error": error}
@@ -151,11 +160,17 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.0, help="for all methods; 0 = the config's")
     parser.add_argument("--split", default="test", help="test, or eval for choosing settings")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--variant", action="append", default=[], metavar="NAME:KEY=VALUE,...",
+                        help="another method: SAGE with settings changed")  # fmt: skip
     parser.add_argument("--worlds", default="", help="directory where worlds are kept")
     parser.add_argument("--out", default="")
     args = parser.parse_args()
-    methods = args.methods.split(",")
-    if "uniform" not in methods or set(methods) - set(METHODS):
+    known = dict(METHODS)
+    for variant in args.variant:
+        name, _, changes = variant.partition(":")
+        known[name] = dict(setting(change) for change in changes.split(","))
+    methods = [*args.methods.split(","), *(set(known) - set(METHODS))]
+    if "uniform" not in methods or set(methods) - set(known):
         parser.error(f"--methods must hold uniform and be among {', '.join(METHODS)}")
 
     shared: dict[str, object] = {"eval.split": args.split, "compare.uniform": False}
@@ -163,9 +178,7 @@ def main() -> None:
         shared["train.steps"] = args.steps
     if args.lr:
         shared["optim.lr"] = args.lr
-    for item in args.set:
-        key, _, value = item.partition("=")
-        shared[key] = json.loads(value) if value[:1] not in "abcdefghijklmnopqrstuvwxyz" else value
+    shared |= dict(setting(change) for change in args.set)
     runs: dict[str, dict[int, list[dict]]] = {name: {} for name in methods}
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     with tempfile.TemporaryDirectory() as scratch:
@@ -176,7 +189,7 @@ def main() -> None:
                 settings |= make_world(worlds / f"world_{seed}", seed)
             for name in methods:
                 start = time.perf_counter()
-                run = load("quickstart", settings | METHODS[name])
+                run = load("quickstart", settings | known[name])
                 workdir = pathlib.Path(scratch) / f"{name}_{seed}"
                 modes.train(run, workdir)
                 rows = [json.loads(x) for x in (workdir / "metrics.jsonl").open()]

@@ -111,7 +111,8 @@ def test_greedy_decoding_with_the_cache_equals_full_forward_passes(model, params
         token = jnp.argmax(hidden @ model.head(params), -1)
         found.append(token)
         valid[:, width + i] = True
-        hidden, cache = decode(params, token, lengths + i, valid, cache, width + i)
+        # A copy: a call that still runs may read the very array it was given.
+        hidden, cache = decode(params, token, lengths + i, valid.copy(), cache, width + i)
     assert decode._cache_size() == 1  # the slot is traced
 
     full = jax.jit(model.hidden)

@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
@@ -66,7 +66,7 @@ def median_seconds(fn: Callable[[], Any], *, repeats: int, warmup: int = 2) -> f
 
 
 def interleaved_seconds(
-    fns: dict[str, Callable[[], Any]], *, repeats: int, warmup: int = 2
+    fns: Mapping[str, Callable[[], Any]], *, repeats: int, warmup: int = 2
 ) -> dict[str, list[float]]:
     """Wall times of calls that take turns, so that what slows the machine down slows all of them.
 
@@ -76,7 +76,7 @@ def interleaved_seconds(
 
     seconds: dict[str, list[float]] = {name: [] for name in fns}
     for turn in range(warmup + repeats):
-        for name in list(fns) if turn % 2 else reversed(fns):
+        for name in list(fns)[:: 1 if turn % 2 else -1]:
             start = time.perf_counter()
             jax.block_until_ready(fns[name]())
             if turn >= warmup:

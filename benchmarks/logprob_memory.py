@@ -73,7 +73,8 @@ def main() -> None:
     for name, objective in variants(args).items():
         both = jax.jit(jax.value_and_grad(objective, argnums=(0, 1), has_aux=True))
         compiled[name] = both.lower(hidden, head, targets).compile()
-        table[name] = {"temporary_bytes": compiled[name].memory_analysis().temp_size_in_bytes}
+        memory: Any = compiled[name].memory_analysis()
+        table[name] = {"temporary_bytes": memory.temp_size_in_bytes}
 
     calls = {k: functools.partial(fn, hidden, head, targets) for k, fn in compiled.items()}
     seconds = common.interleaved_seconds(calls, repeats=args.repeats, warmup=1)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import json
 import os
 import pathlib
+import runpy
 import sys
+import traceback
 from typing import Any
 
 # Before anything imports transformers: it tells every user without torch that torch is missing.
@@ -24,13 +27,15 @@ MODES = {  # name -> one line of help; the functions are in runtime/modes.py
     "report": "write report.html of a workdir again",
     "doctor": "look a data set over: lengths, truncation, duplicates, bad rows",
 }
+FROM_WORKDIR = ("export", "report")  # these find their settings in the workdir of the run
 USAGE = """usage: sage-jax MODE --config=FILE --workdir=DIR [--config.key=value ...]
 
 modes:
 {modes}
 
 FILE is a config (configs/quickstart.py) or the name of one that comes with the package
-(quickstart). Every setting and its default: python -m sage_jax.config
+(quickstart); export and report need only the workdir. A run that was stopped or killed goes on
+when its command is given again. Every setting and its default: python -m sage_jax.config
 
 example:
   sage-jax train --config=configs/quickstart.py --workdir=runs/quickstart --config.optim.lr=1e-4"""
@@ -81,19 +86,17 @@ def parse(argv: list[str]) -> tuple[str, Any, pathlib.Path | None]:
     Raises:
         UsageError: an unknown mode or flag, a missing file, an unknown key, a mistyped value.
     """
-    from absl import flags
-    from ml_collections import config_flags
-
     from sage_jax import config as settings
 
     mode = argv[0] if argv else ""
     if mode not in MODES:
         near = difflib.get_close_matches(mode, MODES, n=1, cutoff=0.0)
-        raise UsageError(
-            f"{mode!r} is not a mode ({', '.join(MODES)})." + f" Did you mean {near[0]!r}?"
-            if mode
-            else "no mode is given. See sage-jax --help."
-        )
+        if not mode or mode.startswith("-"):
+            raise UsageError(
+                f"the mode comes first: sage-jax MODE {mode or '--config=FILE'} ..., with MODE one "
+                f"of {', '.join(MODES)}."
+            )
+        raise UsageError(f"{mode!r} is not a mode ({', '.join(MODES)}). Did you mean {near[0]!r}?")
     arguments = _join_values(argv[1:])
     known = settings.flatten(settings.default())
     for argument in arguments:
@@ -109,25 +112,78 @@ def parse(argv: list[str]) -> tuple[str, Any, pathlib.Path | None]:
         if not equals:
             raise UsageError(f"--{name} needs a value: --{name}=...")
     given = {a.removeprefix("--").partition("=")[0]: a.partition("=")[2] for a in arguments}
-    if "config" not in given:
-        raise UsageError("--config=FILE is missing. Example: --config=configs/quickstart.py")
-    path = find_config(given["config"])
-
+    workdir = pathlib.Path(given["workdir"]).expanduser() if given.get("workdir") else None
     overrides = [a for a in arguments if a.startswith("--config.")]
-    line = ["sage-jax", f"--config={path}", *overrides]
-    values = flags.FlagValues()
-    holder = config_flags.DEFINE_config_file(
-        "config", lock_config=True, flag_values=values, sys_argv=line
-    )
+    if "config" in given:
+        config = _run_file(find_config(given["config"]))
+    elif mode not in FROM_WORKDIR:
+        raise UsageError("--config=FILE is missing. Example: --config=configs/quickstart.py")
+    elif workdir is None:
+        raise UsageError(f"--workdir is missing. Example: sage-jax {mode} --workdir=runs/my_run")
+    else:
+        config = _of_workdir(workdir)
+    return mode, _override(config, overrides, known), workdir
+
+
+def _run_file(path: pathlib.Path) -> Any:
+    """What `get_config()` of a config file returns."""
+    from ml_collections import config_dict
+
     try:
+        config = runpy.run_path(str(path))["get_config"]()
+    except Exception as e:  # whatever a user's file may do, such as to mistype a key
+        if isinstance(e, KeyError) and e.args == ("get_config",):
+            raise UsageError(f"{path} defines no function get_config().") from e
+        said = (str(e).splitlines() or [""])[0]
+        raise UsageError(f"{_place(path, e)}: {type(e).__name__}: {said}") from e
+    if not isinstance(config, config_dict.ConfigDict):
+        raise UsageError(
+            f"{path}: get_config() returns a {type(config).__name__}. Start from c = "
+            f"config.default() and end with return c."
+        )
+    return config
+
+
+def _of_workdir(workdir: pathlib.Path) -> Any:
+    """The settings that a run was started with."""
+    from sage_jax import config as settings
+
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise UsageError(f"--workdir={workdir} holds no run: there is no config.json in it.")
+    config = settings.default()
+    found = json.loads(path.read_text())
+    config.update({key: value for key, value in found.items() if key != "mode"})
+    return config
+
+
+def _override(config: Any, overrides: list[str], known: dict[str, Any]) -> Any:
+    """The settings with those of the command line in place of their own."""
+    from absl import flags
+    from ml_collections import config_flags
+
+    line = ["sage-jax", *overrides]
+    values = flags.FlagValues()
+    try:
+        holder = config_flags.DEFINE_config_dict(
+            "config", config, flag_values=values, sys_argv=line
+        )
         values(line)
-        config = holder.value
     except (flags.Error, TypeError, ValueError) as e:
         raise UsageError(_override_error(overrides, known, e)) from e
-    except (AttributeError, KeyError) as e:  # a key that the config file itself mistypes
-        raise UsageError(f"{path}: {str(e).splitlines()[0]}") from e
-    workdir = pathlib.Path(given["workdir"]) if given.get("workdir") else None
-    return mode, config, workdir
+    return holder.value
+
+
+def _place(path: pathlib.Path, error: BaseException) -> str:
+    """`file:line` of the last line of the config file that an error went through."""
+    lines = [
+        frame.lineno
+        for frame in traceback.extract_tb(error.__traceback__)
+        if pathlib.Path(frame.filename) == path.absolute() or frame.filename == str(path)
+    ]
+    if isinstance(error, SyntaxError):
+        lines.append(error.lineno or 0)
+    return f"{path}:{lines[-1]}" if lines else str(path)
 
 
 def _join_values(arguments: list[str]) -> list[str]:
@@ -158,7 +214,7 @@ def _override_error(overrides: list[str], known: dict[str, Any], error: Exceptio
 
 def main(argv: list[str]) -> int:
     """Runs one mode and returns the exit code: 0, 1 for a failed run, 2 for a wrong command."""
-    if not argv or argv[0] in ("-h", "--help", "help"):
+    if not argv or argv[0] == "help" or {"-h", "--help"} & set(argv):
         print(usage())
         return 0 if argv else 2
     if argv[0] == "--version":
@@ -173,18 +229,45 @@ def main(argv: list[str]) -> int:
         run = settings.resolve(config)
         modes = importlib.import_module("sage_jax.runtime.modes")
         return getattr(modes, mode)(run, workdir)
-    except (ValueError, FileNotFoundError, ImportError) as e:
-        if os.environ.get("SAGE_JAX_TRACEBACK"):
+    except (ValueError, OSError, ImportError) as e:
+        if os.environ.get("SAGE_JAX_TRACEBACK") or not _is_message(e):
             raise
         print(f"sage-jax: {e}", file=sys.stderr)
         return 2
     except FloatingPointError as e:
         print(f"sage-jax: {e}", file=sys.stderr)
         return 1
+    except Exception as e:
+        if "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        print(
+            f"sage-jax: out of memory: {str(e).splitlines()[0]}. Lower train.batch_pairs or "
+            "data.max_length, raise train.accumulate, or set model.remat=full.",
+            file=sys.stderr,
+        )
+        return 1
+    except KeyboardInterrupt:
+        print("sage-jax: interrupted", file=sys.stderr)
+        return 130
+
+
+def _is_message(error: Exception) -> bool:
+    """Whether an error is one that this package raised for its user, and not a defect.
+
+    What our own code raises says what to change. The same type from inside jax or numpy is a
+    mistake of ours, and its traceback is what its reader needs. Files that are missing or may not
+    be written are the user's, wherever that comes up.
+    """
+    if isinstance(error, OSError) and error.filename:
+        return True
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = str(pathlib.Path(__file__).parent) + os.sep
+    return bool(frames) and frames[-1].filename.startswith(ours)
 
 
 def console() -> None:
     """Entry point of the `sage-jax` command."""
+    sys.path.append(os.getcwd())  # a user's own "module:function" beside the command, as python -m
     sys.exit(main(sys.argv[1:]))
 
 

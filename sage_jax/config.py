@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import typing
 from collections.abc import Iterable
 from typing import Any
@@ -23,9 +24,8 @@ class Model:
     path: str = ""  # Hugging Face directory, .gguf file, "package:NAME", or "new" (from scratch)
     tokenizer: str = ""  # tokenizer directory; "" = the one beside the model
     dtype: str = "float32"  # of the matmuls inside the model: float32 or bfloat16
-    remat: str = (
-        "dots"  # backward pass recomputes: "none", all but the "dots", "full" (least memory)
-    )
+    # What the backward pass recomputes: "none", all but the "dots", "full" (least memory).
+    remat: str = "dots"
     layers: int = 4  # the following shape a model from scratch (model.path = "new") only
     d_model: int = 96
     d_ff: int = 256
@@ -155,7 +155,7 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    dtype: str = "float32"  # of the exported weights: float32, bfloat16 or float16
+    dtype: str = "float32"  # of the exported weights: float32 or bfloat16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +201,7 @@ RESUMABLE = (
 _CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
-    "export.dtype": ("float32", "bfloat16", "float16"),
+    "export.dtype": ("float32", "bfloat16"),
     "data.on_bad_row": ("error", "skip"),
     "loss.name": tuple(losses.LOSSES),
     "selection.scoring": ("memory", "fresh"),
@@ -290,7 +290,10 @@ def _typed(key: str, value: Any, kind: type) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ValueError(f"config.{key}={value!r} is not a {kind.__name__}.")
+        article = "an" if kind is int else "a"
+        raise ValueError(f"config.{key}={value!r} is not {article} {kind.__name__}.")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"config.{key}={value} is not a finite number.")
     return value
 
 
@@ -380,8 +383,8 @@ def _check_together(run: Run) -> None:
         raise ValueError(
             f"config.selection.keep={chosen.keep} keeps {pool * kept_share(run):.1f} pairs of a "
             f"pool of {pool}, fewer than one batch of {run.train.batch_pairs}. Raise "
-            f"selection.keep to {min(1.0, run.train.batch_pairs / pool):.2f} or curriculum.pool_size to "
-            f"{-int(-run.train.batch_pairs // kept_share(run))}."
+            f"selection.keep to {min(1.0, run.train.batch_pairs / pool):.2f} or "
+            f"curriculum.pool_size to {-int(-run.train.batch_pairs // kept_share(run))}."
         )
     if run.loss.label_smoothing and run.loss.name not in ("sigmoid", "robust"):
         raise ValueError(
@@ -398,6 +401,16 @@ def _check_together(run: Run) -> None:
             f"config.selection.name={chosen.name!r} needs pairs, and loss.name='sft' trains on "
             f"single answers. Set selection.name='uniform'."
         )
+
+
+def needs_scores(run: Run) -> bool:
+    """Whether the selection reads scores; one of a user's own always does.
+
+    >>> needs_scores(resolve({"selection": {"name": "random"}}))
+    False
+    """
+    name = run.selection.name
+    return name in selection.NEEDS_SCORES or name not in selection.SELECTORS
 
 
 def kept_share(run: Run) -> float:
@@ -431,7 +444,7 @@ def describe() -> str:
                 continue
             name, _, rest = line.strip().partition(":")
             _, _, comment = rest.partition("  # ")
-            if hasattr(value, name):
+            if not line.strip().startswith("#") and hasattr(value, name):
                 lines.append(f"config.{section.name}.{name} = {getattr(value, name)!r}")
                 lines[-1] += f"  # {comment}" if comment else ""
             else:

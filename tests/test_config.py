@@ -19,7 +19,7 @@ def test_defaults_resolve_to_the_declared_run_but_for_the_value_that_follows_the
         ({"selection": {"name": "sagee"}}, r"sagee.*sage"),
         ({"optim": {"lr": 0.0}}, r"config.optim.lr=0.0 has to be above 0"),
         ({"optim": {"lr": "fast"}}, r"config.optim.lr='fast' is not a float"),
-        ({"train": {"steps": 1.5}}, r"config.train.steps=1.5 is not a int"),
+        ({"train": {"steps": 1.5}}, r"config.train.steps=1.5 is not an int"),
         ({"data": {"packing": 1}}, r"config.data.packing=1 is not a bool"),
         ({"selection": {"keep": 0.0}}, r"config.selection.keep=0.0 has to be in \(0, 1\]"),
         ({"selection": {"keep": 1.1}}, r"config.selection.keep=1.1 has to be in \(0, 1\]"),

@@ -5,22 +5,23 @@ from __future__ import annotations
 import json
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from sage_jax import config, step
 from sage_jax.data import encode
-from sage_jax.generate import evaluate, problem, tasks, verify
+from sage_jax.generate import evaluate, problem, prompting, tasks, verify
 from sage_jax.report import progress
-from sage_jax.runtime import setup
+from sage_jax.runtime import forward, setup
 
 Check = Callable[[str, str], bool]
+_TURNS = 20  # how many times the problems asked for are drawn, to replace those already seen
 
 
 def load_problems(
-    source: str, count: int, *, split: str, seed: int, verifier: str = "auto"
+    source: str, count: int, *, split: str, seed: int, verifier: str = "auto", start: int = 0
 ) -> tuple[list[problem.Problem], Check, str]:
     """Problems and how their answers are checked.
 
@@ -30,6 +31,7 @@ def load_problems(
         split: the task's split.
         seed: of the task's problems.
         verifier: "auto" uses the task's own check, and "math" for files.
+        start: number of the task's first problem.
 
     Returns:
         The problems, the check, and the task's name.
@@ -40,9 +42,12 @@ def load_problems(
     if source.startswith("task:"):
         task = tasks.resolve(source.removeprefix("task:"))
         check = task.check if verifier == "auto" else verify.VERIFIERS[verifier]
-        return tasks.problems(task, count=count, seed=seed, split=split), check, task.name
+        drawn = tasks.problems(task, count=count, seed=seed, start=start, split=split)
+        return drawn, check, task.name
     path = pathlib.Path(setup.find(source))
     found: list[problem.Problem] = []
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist. Give 'task:NAME' or a .jsonl file of problems.")
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if len(found) == count:
@@ -64,51 +69,110 @@ def load_problems(
                 ) from e
     if not found:
         raise ValueError(f"{path} holds no problem. Expected lines of {{'prompt', 'answer'}}.")
-    kind = "math" if verifier == "auto" else verifier
-    return found, verify.VERIFIERS[kind], path.stem
+    check = verify.VERIFIERS["math" if verifier == "auto" else verifier]
+    check("", found[0].answer)  # raises now when it cannot work, not after hours
+    return found, check, path.stem
 
 
-def as_prompts(problems: list[problem.Problem], tokenizer: Any) -> list[problem.Problem]:
-    """Text prompts as a user's message where the tokenizer has a chat template."""
-    if getattr(tokenizer, "chat_template", None) is None:
-        return problems
-    return [
-        p._replace(prompt=[{"role": "user", "content": p.prompt}])  # type: ignore[arg-type]
-        if isinstance(p.prompt, str)
-        else p
-        for p in problems
-    ]
+class Held(NamedTuple):
+    """Problems to evaluate on, as the model is asked them."""
+
+    problems: list[problem.Problem]
+    check: Check
+    seen: int  # problems that training data hold, and which are therefore not among these
+
+
+def held_out(run: config.Run, tokenizer: Any, trained: encode.EncodedPairs | None) -> Held | None:
+    """The problems of config.eval, without those whose prompt is in the training data.
+
+    A built-in task gives others in their place.
+
+    Args:
+        run: the settings.
+        tokenizer: of the model.
+        trained: the training data; None when there are none to compare with.
+
+    Returns:
+        None when config.eval.problems is empty.
+
+    Raises:
+        ValueError: as `load_problems`, or no problem is left.
+    """
+    settings = run.eval
+    if not settings.problems:
+        return None
+    known = set() if trained is None else _prompts(trained)
+    kept: list[problem.Problem] = []
+    seen = 0
+    for turn in range(_TURNS if settings.problems.startswith("task:") else 1):
+        problems, check, _ = load_problems(
+            settings.problems, settings.count, split=settings.split, seed=settings.seed,
+            verifier=settings.verify, start=turn * settings.count,
+        )  # fmt: skip
+        for one, prompt in zip(
+            problems, prompting.ask(tokenizer, [p.prompt for p in problems]), strict=True
+        ):
+            if len(kept) == settings.count:
+                break
+            ids = np.asarray(prompting.encode_prompt(tokenizer, prompt), np.int32)
+            if ids.tobytes() in known:
+                seen += 1
+            else:
+                kept.append(one)
+        if len(kept) == settings.count:
+            break
+    if not kept:
+        raise ValueError(
+            f"All {seen} problems of config.eval.problems={settings.problems!r} are prompts of the "
+            f"training data. Evaluate on others, or set it to ''."
+        )
+    return Held(kept, check, seen)
+
+
+def _prompts(pairs: encode.EncodedPairs) -> set[bytes]:
+    found = set()
+    for i in range(len(pairs)):
+        ids, start = pairs.sequence(i, 0)
+        found.add(np.asarray(ids[:start], np.int32).tobytes())
+    return found
 
 
 class Evaluator:
-    """What a run measures on held-out data; called with parameters, returns `eval_*` numbers."""
+    """What a run measures on held-out data; called with parameters, returns `eval_*` numbers.
+
+    Args:
+        run: the settings.
+        policy: the model that reference and vocabulary come from.
+        held: problems, from `held_out`.
+        passes: forward passes over `pairs`.
+        pairs: held-out pairs.
+        other: the reference, when it is not the policy.
+        aside: inside a training that has its own progress.
+    """
 
     def __init__(
         self,
         run: config.Run,
         policy: setup.Policy,
-        passes: setup.Passes | None = None,
+        held: Held | None,
+        passes: forward.Passes | None = None,
         pairs: encode.EncodedPairs | None = None,
+        other: setup.Policy | None = None,
+        aside: bool = False,
     ):
         self.run, self.policy, self.passes, self.pairs = run, policy, passes, pairs
-        self.problems: list[problem.Problem] = []
-        if run.eval.problems:
-            problems, self.check, _ = load_problems(
-                run.eval.problems, run.eval.count, split=run.eval.split, seed=run.eval.seed,
-                verifier=run.eval.verify,
-            )  # fmt: skip
-            self.problems = as_prompts(problems, policy.tokenizer)
+        self.held, self.aside = held, aside
         self.reference = None
         if pairs is not None and passes is not None:
-            start = setup.stored_stats(run, policy, passes, pairs, "held-out pairs")
-            self.reference = setup.reference_logps(run, policy, passes, pairs, start)
+            start = forward.stored_stats(run, policy, passes, pairs, "held-out pairs")
+            self.reference = forward.reference_logps(run, policy, passes, pairs, start, other)
         self.last: evaluate.GreedyResult | None = None
 
     def __call__(self, params: Any) -> dict[str, float]:
         """Evaluates; every key starts with `eval_`."""
         row: dict[str, float] = {}
-        if self.problems:
-            found = self.greedy(params)
+        if self.held is not None:
+            found = self.greedy(params, self.held)
             row |= {
                 "eval_accuracy": found.overall.mean,
                 "eval_accuracy_low": found.overall.low,
@@ -120,16 +184,17 @@ class Evaluator:
             row |= self.preferences(params)
         return row
 
-    def greedy(self, params: Any) -> evaluate.GreedyResult:
+    def greedy(self, params: Any, held: Held) -> evaluate.GreedyResult:
         """Greedy answers to the problems, checked."""
         settings = self.run.eval
-        with progress.Progress(len(self.problems), "evaluating", "problems") as bar:
+        total = len(held.problems)
+        with progress.Progress(total, "evaluating", "problems", aside=self.aside) as bar:
             self.last = evaluate.greedy_accuracy(
                 self.policy.model,
                 params,
                 self.policy.tokenizer,
-                self.problems,
-                check=self.check,
+                held.problems,
+                check=held.check,
                 max_new_tokens=settings.max_new_tokens,
                 batch=settings.batch,
                 progress=lambda done, _: bar.update(done - bar.done),
@@ -144,4 +209,6 @@ class Evaluator:
         loss_N = step.pair_losses(loss, stats, self.reference)
         metrics = step.pair_metrics(stats, self.reference, np.ones(len(self.pairs)), loss.beta)
         found = jax.device_get({"loss": loss_N.mean(), **metrics})
+        # Of the model alone: against itself as the reference, rewards are 0.
+        found["likelihood_accuracy"] = evaluate.preference_accuracy(stats.logps).mean
         return {f"eval_{k}": float(v) for k, v in found.items()}

@@ -9,46 +9,31 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import math
 import pathlib
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sage_jax import batch, config, curriculum, logprobs, optim, scores, selection, step
+from sage_jax import config, curriculum, logprobs, scores, selection, step
 from sage_jax.data import encode, pipeline
 from sage_jax.report import progress, writers
-from sage_jax.runtime import checkpoint, rounds, setup
+from sage_jax.runtime import checkpoint, counters, forward, rounds, setup, state
 from sage_jax.runtime import mesh as meshes
 
 Evaluate = Callable[[Any], dict[str, float]]
-
-
-@dataclasses.dataclass
-class Counters:
-    """What has been spent so far; in every checkpoint."""
-
-    step: int = 0
-    position: int = 0  # steps done in the current round
-    pairs: int = 0
-    tokens: int = 0
-    flops_scoring: float = 0.0
-    flops_training: float = 0.0
-    seconds_drawing: float = 0.0
-    seconds_scoring: float = 0.0
-    seconds_training: float = 0.0
 
 
 class Outcome(NamedTuple):
     """The end of a run, or of the part of it that a SIGTERM allowed."""
 
     params: Any
-    counters: Counters
+    counters: counters.Counters
     finished: bool
     rows: list[dict[str, Any]]  # of metrics.jsonl
 
@@ -58,59 +43,9 @@ class Pending(NamedTuple):
 
     step: int
     row: dict[str, Any]
+    flops: float
     pair_RS: np.ndarray
     output: step.StepOutput
-
-
-@contextlib.contextmanager
-def stop_signal() -> Iterator[Callable[[], bool]]:
-    """Notes SIGTERM and the first Ctrl-C, so that the loop can save before it ends."""
-    seen: list[int] = []
-
-    def note(number: int, _: Any) -> None:
-        if seen and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        seen.append(number)
-
-    before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda: bool(seen)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def pair_flops(policy: setup.Policy, pairs: encode.EncodedPairs) -> np.ndarray:
-    """Floating-point operations of one forward pass over each pair, float64 [N]."""
-    lengths = pairs.lengths_N2.astype(np.float64)
-    per_token = policy.model.forward_flops(1, 0)
-    per_score = policy.model.forward_flops(0, 1)
-    return (lengths * per_token + lengths * (lengths + 1) / 2 * per_score).sum(axis=1)
-
-
-def make_optimizer(run: config.Run):
-    """The optimizer and its schedule, with warm-up in steps."""
-    settings = dataclasses.asdict(run.optim)
-    settings["warmup"] = round(run.optim.warmup * run.train.steps)
-    return optim.make(**settings, steps=run.train.steps)
-
-
-def state_shardings(tx, params: Any, mesh: jax.sharding.Mesh) -> step.TrainState:
-    """Where the train state lives: moments beside their weights."""
-    placed = meshes.shardings(params, mesh)
-    whole: Any = meshes.replicated(mesh)
-    return step.TrainState(whole, placed, meshes.state_shardings(tx, params, mesh))
-
-
-def abstract_state(run: config.Run, params: Any, mesh: jax.sharding.Mesh) -> step.TrainState:
-    """Shapes and shardings of the train state of a run, to restore a checkpoint by."""
-    tx, _ = make_optimizer(run)
-    shapes = jax.eval_shape(lambda p: step.init_state(p, tx), params)
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        shapes,
-        state_shardings(tx, params, mesh),
-    )
 
 
 class Trainer:
@@ -122,7 +57,7 @@ class Trainer:
         workdir: pathlib.Path,
         *,
         policy: setup.Policy,
-        passes: setup.Passes,
+        passes: forward.Passes,
         pairs: encode.EncodedPairs,
         start: logprobs.SequenceStats | None,
         reference: np.ndarray,
@@ -134,25 +69,29 @@ class Trainer:
         self.start, self.reference, self.evaluate = start, reference, evaluate
         self.loss = setup.make_loss(run)
         self.score_fn = setup.make_score_fn(run, self.loss)
-        self.flops_N = pair_flops(policy, pairs)
+        self.flops_N = counters.pair_flops(policy.model, pairs)
+        self.peak_flops = counters.peak_flops(run.model.dtype)
         self._build_step()
         self.memory = self._first_memory()
         self.round: rounds.Round | None = None
         self.round_metrics: dict[str, float] = {}
-        self.counters = Counters()
+        self.counters = counters.Counters()
+        self.note: dict[str, str] = {}  # behind the progress
         self.pending: Pending | None = None
         self.clock = time.perf_counter()
 
     def _build_step(self) -> None:
         run, mesh = self.run, self.passes.mesh
-        tx, schedule = make_optimizer(run)
+        tx, schedule = state.make_optimizer(run)
         self.learning_rate = np.asarray(jax.vmap(schedule)(jnp.arange(run.train.steps)))
-        state = state_shardings(tx, self.policy.params, mesh)
+        placed = state.state_shardings(tx, self.policy.params, mesh)
         # A copy: the step donates its state, and the reference weights outlive this run.
         self.state = jax.jit(
-            lambda p: step.init_state(jax.tree.map(jnp.copy, p), tx), out_shardings=state
+            lambda p: step.init_state(jax.tree.map(jnp.copy, p), tx), out_shardings=placed
         )(self.policy.params)
-        uses_scores = run.selection.name in selection.NEEDS_SCORES or run.curriculum.sharpness > 0
+        uses_scores = (
+            config.needs_scores(run) or run.curriculum.sharpness > 0 or run.selection.soft > 0
+        )
         weigh = None
         if run.selection.soft:
             weigh = lambda pairs, weight: selection.soft_weights(  # noqa: E731
@@ -170,8 +109,8 @@ class Trainer:
         )
         self.train_step = jax.jit(
             train_step,
-            in_shardings=(state, None, meshes.batch_sharding(mesh)),
-            out_shardings=(state, meshes.replicated(mesh)),
+            in_shardings=(placed, None, meshes.batch_sharding(mesh)),
+            out_shardings=(placed, meshes.replicated(mesh)),
             donate_argnums=0,
         )
 
@@ -208,7 +147,7 @@ class Trainer:
 
     def _next_round(self) -> None:
         start, scored_before = time.perf_counter(), self.counters.seconds_scoring
-        needs_scores = self.run.selection.name in selection.NEEDS_SCORES
+        needs_scores = config.needs_scores(self.run)
         self.round, drawn = rounds.next_round(
             self.round.number + 1 if self.round else 0,
             self.memory,
@@ -243,15 +182,27 @@ class Trainer:
             }
         meta = {
             "config": config.as_dict(self.run),
+            "content": self._content(),
             "counters": dataclasses.asdict(self.counters),
             "round": self.round.number if self.round else -1,
             "round_metrics": self.round_metrics,
         }
         checkpoints.save(self.counters.step, self.state, arrays, meta)
 
+    def _content(self) -> dict[str, str]:
+        """What has to be the same when a run goes on, besides its settings."""
+        pairs = hashlib.blake2b(self.pairs.digest_N16.tobytes(), digest_size=16).hexdigest()
+        return {"data.train": pairs, "model.path": self.policy.fingerprint}
+
     def _restore(self, checkpoints: checkpoint.Checkpoints, at: int) -> None:
         self.state, arrays, meta = checkpoints.restore(at, self.state)
         refuse_changes(meta["config"], config.as_dict(self.run), self.workdir)
+        for what, digest in self._content().items():
+            if meta["content"][what] != digest:
+                raise ValueError(
+                    f"{self.workdir} holds a run of other content: config.{what} has the same name "
+                    f"as when it started, but not the same content. Use another --workdir."
+                )
         parts: dict[str, dict[str, Any]] = {"memory": {}, "round": {}}
         for name, value in arrays.items():
             kind, _, field = name.partition(".")
@@ -259,7 +210,7 @@ class Trainer:
         self.memory = curriculum.Memory(**parts["memory"])
         if meta["round"] >= 0:
             self.round = rounds.Round(number=meta["round"], **parts["round"])
-        self.counters = Counters(**meta["counters"])
+        self.counters = counters.Counters(**meta["counters"])
         self.round_metrics = meta["round_metrics"]
 
     # -- rows ------------------------------------------------------------------------------------
@@ -287,10 +238,11 @@ class Trainer:
             | found
             | {
                 "num_tokens": self.counters.tokens,
-                "perf/step_time": seconds,
-                "perf/tokens_per_second": tokens / seconds,
+                **counters.speed(tokens, pending.flops, seconds, self.peak_flops),
+                **counters.peak_bytes(),
             }
         )
+        self.note["loss"] = f"{found['loss']:.4f}"
         real = pending.pair_RS >= 0
         if output.pairs is not None:
             values = scores.PairScores(*(np.asarray(v)[real] for v in output.pairs))
@@ -299,15 +251,11 @@ class Trainer:
                 self.memory, pending.pair_RS[real], values, round=self.round.number, trained=True
             )
 
-    def _row(self) -> dict[str, Any]:
-        spent = self.counters
-        total = spent.flops_scoring + spent.flops_training
-        return {
-            "step": spent.step,
-            "epoch": spent.pairs / len(self.pairs),
-            "pairs": spent.pairs,
-            "flops": total,
-        }
+    def _evaluated(self) -> dict[str, float]:
+        found = self.evaluate(self.state.params)
+        if "eval_accuracy" in found:
+            self.note["accuracy"] = f"{found['eval_accuracy']:.3f}"
+        return found
 
     # -- the loop --------------------------------------------------------------------------------
 
@@ -335,7 +283,9 @@ class Trainer:
                 self._flush()
                 finished = self.counters.step == steps
                 if finished:
-                    self.writer.write(self._row() | self.evaluate(self.state.params))
+                    row = self.counters.row(len(self.pairs)) | self._evaluated()
+                    self.writer.write(row)
+                    bar.update(0, self._notes())
                 self._save(checkpoints)
         rows = writers.read_rows(self.workdir / "metrics.jsonl")
         return Outcome(self.state.params, self.counters, finished, rows)
@@ -352,39 +302,37 @@ class Trainer:
         with contextlib.closing(batches):
             for rows in batches:
                 now = self.counters.step
-                row = self._row() | {"learning_rate": float(self.learning_rate[now])}
+                row = self.counters.row(len(self.pairs))
+                row["learning_rate"] = float(self.learning_rate[now])
                 if self.counters.position == 0:
                     row |= self.round_metrics
                 if now == 0 or (run.eval.every and now % run.eval.every == 0):
                     self._flush()
-                    row |= self.evaluate(self.state.params)
+                    row |= self._evaluated()
                     self.clock = time.perf_counter()
                 self.state, output = self.train_step(self.state, None, meshes.put(rows, mesh))
                 self._flush()  # the step before, while this one runs
-                self._account(rows, row)
-                self.pending = Pending(now, row, np.asarray(rows.pair_RS), output)
-                bar.update(1)
+                flops = self.counters.count(rows, self.flops_N)
+                row["perf/padding_fraction"] = float((rows.segment_RT == 0).mean())
+                row["perf/scoring_fraction"] = self.counters.flops_scoring / self.counters.flops
+                self.pending = Pending(now, row, flops, np.asarray(rows.pair_RS), output)
+                bar.update(1, self._notes())
                 if checkpoints.due(self.counters.step):
                     self._save(checkpoints)
                 if stopped():
                     return
 
-    def _account(self, rows: batch.PackedBatch, row: dict[str, Any]) -> None:
-        """Counts a step's work, and what the row says of it."""
-        spent = self.counters
-        index = np.asarray(rows.pair_RS)[np.asarray(rows.pair_RS) >= 0]
-        spent.step, spent.position = spent.step + 1, spent.position + 1
-        spent.pairs += len(index)
-        spent.flops_training += 3.0 * float(self.flops_N[index].sum())  # forward + 2 x backward
-        total = spent.flops_scoring + spent.flops_training
-        row |= {
-            "perf/padding_fraction": float((rows.segment_RT == 0).mean()),
-            "perf/scoring_fraction": spent.flops_scoring / total,
-        }
+    def _notes(self) -> str:
+        return ", ".join(f"{name} {value}" for name, value in self.note.items())
 
 
 def refuse_changes(old: dict[str, Any], new: dict[str, Any], workdir: pathlib.Path) -> None:
     """Raises when a workdir holds a run of another objective; names the keys."""
+    if old.get("mode") != new.get("mode"):
+        raise ValueError(
+            f"{workdir} holds a run of the mode {old.get('mode')!r}, not {new.get('mode')!r}. Use "
+            f"another --workdir."
+        )
     changed = config.changed_keys(old, new)
     if changed:
         what = ", ".join(f"config.{k} was {a!r}, now {b!r}" for k, (a, b) in changed.items())

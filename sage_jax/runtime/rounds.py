@@ -38,12 +38,14 @@ class Drawn(NamedTuple):
     population_K: np.ndarray
 
 
-def difficulty(pairs: encode.EncodedPairs, memory: curriculum.Memory, source: str) -> np.ndarray:
+def difficulty(
+    pairs: encode.EncodedPairs, memory: curriculum.Memory | None, source: str
+) -> np.ndarray:
     """Difficulty of every pair, larger = harder.
 
     Args:
         pairs: the data set.
-        memory: remembered margins; they start as the reference's.
+        memory: remembered margins, which start as the reference's; not needed for a data column.
         source: a data column, "margin", or "auto" for the first known column that is complete.
 
     Returns:
@@ -58,6 +60,7 @@ def difficulty(pairs: encode.EncodedPairs, memory: curriculum.Memory, source: st
                 return sign * pairs.columns[name]
         source = "margin"
     if source == "margin":
+        assert memory is not None
         return -np.nan_to_num(memory.likelihood_margin.astype(np.float64))
     if source not in pairs.columns:
         raise ValueError(

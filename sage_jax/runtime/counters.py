@@ -1,0 +1,91 @@
+"""What a run spends, and how the rows of metrics.jsonl say it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from sage_jax import batch
+from sage_jax.data import encode
+from sage_jax.models import decoder
+
+# Dense bfloat16 FLOP/s of one device, from the makers' data sheets, by `jax.Device.device_kind`.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+@dataclasses.dataclass
+class Counters:
+    """What has been spent so far; in every checkpoint."""
+
+    step: int = 0
+    position: int = 0  # steps done in the current round
+    pairs: int = 0
+    tokens: int = 0
+    flops_scoring: float = 0.0
+    flops_training: float = 0.0
+    seconds_drawing: float = 0.0
+    seconds_scoring: float = 0.0
+    seconds_training: float = 0.0
+
+    @property
+    def flops(self) -> float:
+        """All of them, scoring counted."""
+        return self.flops_scoring + self.flops_training
+
+    def count(self, rows: batch.PackedBatch, flops_N: np.ndarray) -> float:
+        """Counts one step over these rows; returns its floating-point operations."""
+        pair_RS = np.asarray(rows.pair_RS)
+        index = pair_RS[pair_RS >= 0]
+        flops = 3.0 * float(flops_N[index].sum())  # forward + 2 x backward
+        self.step, self.position = self.step + 1, self.position + 1
+        self.pairs += len(index)
+        self.flops_training += flops
+        return flops
+
+    def row(self, pairs: int) -> dict[str, Any]:
+        """The beginning of a row, for a data set of so many pairs."""
+        return {
+            "step": self.step,
+            "epoch": self.pairs / pairs,
+            "pairs": self.pairs,
+            "flops": self.flops,
+        }
+
+
+def pair_flops(model: decoder.Model, pairs: encode.EncodedPairs) -> np.ndarray:
+    """Floating-point operations of one forward pass over each pair, float64 [N]."""
+    lengths = pairs.lengths_N2.astype(np.float64)
+    per_token, per_score = model.forward_flops(1, 0), model.forward_flops(0, 1)
+    return (lengths * per_token + lengths * (lengths + 1) / 2 * per_score).sum(axis=1)
+
+
+def speed(tokens: int, flops: float, seconds: float, peak_flops: float | None) -> dict[str, float]:
+    """`perf/*` of one step: model FLOPs against the devices' peak where that is known."""
+    row = {"perf/step_time": seconds, "perf/tokens_per_second": tokens / seconds}
+    if peak_flops is not None:
+        row["perf/mfu"] = flops / seconds / peak_flops
+    return row
+
+
+def peak_flops(dtype: str) -> float | None:
+    """FLOP/s of all devices together; None where it is not known, as on CPUs or in float32."""
+    one = PEAK_FLOPS.get(jax.devices()[0].device_kind) if dtype == "bfloat16" else None
+    return None if one is None else one * jax.device_count()
+
+
+def peak_bytes() -> dict[str, float]:
+    """`perf/peak_bytes` of the first device, where the backend reports it; CPUs do not."""
+    found = jax.local_devices()[0].memory_stats() or {}
+    return {"perf/peak_bytes": float(found["peak_bytes_in_use"])} if found else {}

@@ -1,0 +1,176 @@
+"""A training run from its settings to its report; the modes `train` and `sft` are this."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import time
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from sage_jax import config
+from sage_jax.data import encode
+from sage_jax.report import writers
+from sage_jax.runtime import (
+    counters,
+    evaluation,
+    forward,
+    interrupt,
+    loop,
+    rounds,
+    setup,
+    summary,
+)  # fmt: skip
+from sage_jax.runtime import mesh as meshes
+
+
+def need(workdir: pathlib.Path | None, mode: str) -> pathlib.Path:
+    if workdir is None:
+        raise ValueError(f"--workdir is missing. Example: --workdir=runs/my_{mode}")
+    return workdir
+
+
+def open_workdir(run: config.Run, workdir: pathlib.Path | None, mode: str) -> pathlib.Path:
+    """A new workdir, or one with the same run. Refuses one that holds another."""
+    workdir = need(workdir, mode)
+    now = {"mode": mode} | config.as_dict(run)
+    path = workdir / "config.json"
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"--workdir={workdir} is a file. Name a directory.")
+    if path.exists():
+        before = json.loads(path.read_text())
+        # A run that ended before its first row has nothing to lose: the settings may be corrected.
+        if before["mode"] != mode or writers.read_rows(workdir / "metrics.jsonl"):
+            loop.refuse_changes(before, now, workdir)
+    elif workdir.exists() and any(workdir.iterdir()):
+        raise ValueError(
+            f"--workdir={workdir} is not empty and holds no run of sage_jax. Name a new directory."
+        )
+    return workdir
+
+
+class _Parts(NamedTuple):
+    """What a training run is made of, all of it checked."""
+
+    policy: setup.Policy
+    other: setup.Policy | None
+    pairs: encode.EncodedPairs
+    held_out: encode.EncodedPairs | None
+    problems: evaluation.Held | None
+
+
+def _load(run: config.Run, mesh: jax.sharding.Mesh, mode: str) -> _Parts:
+    """Loads and checks everything that a user named, the quick things first."""
+    tokenizer = setup.load_tokenizer(run)
+    pairs = setup.load_pairs(run, tokenizer, run.data.train)
+    setup.check_pairs(run, pairs, sft=mode == "sft")
+    held_out = setup.load_pairs(run, tokenizer, run.data.eval) if run.data.eval else None
+    if held_out is not None and mode == "train":
+        setup.check_sides(held_out, "data.eval")
+    if run.curriculum.difficulty not in ("auto", "margin"):
+        rounds.difficulty(pairs, None, run.curriculum.difficulty)
+    problems = evaluation.held_out(run, tokenizer, pairs)
+    policy = setup.load_policy(run, mesh, tokenizer)
+    return _Parts(policy, setup.load_reference(run, policy, mesh), pairs, held_out, problems)
+
+
+def fit(run: config.Run, workdir: pathlib.Path, mode: str) -> int:
+    if (workdir / "summary.json").exists():
+        print(f"{workdir} is finished. For another run, name another --workdir.\n")
+        summary.show(json.loads((workdir / "summary.json").read_text()), workdir)
+        return 0
+    started = time.perf_counter()
+    mesh = meshes.make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
+    parts = _load(run, mesh, mode)
+    # From here on files are written: everything the user typed has been checked.
+    workdir.mkdir(parents=True, exist_ok=True)
+    writers.write_json(workdir / "config.json", {"mode": mode} | config.as_dict(run))
+    _describe(run, parts, workdir)
+
+    policy, pairs, held_out = parts.policy, parts.pairs, parts.held_out
+    lengths = pairs.lengths_N2
+    if held_out is not None:
+        lengths = np.concatenate([lengths, held_out.lengths_N2])
+    passes = forward.Passes(policy, mesh, setup.row_shape(run, lengths, mesh))
+    evaluator = evaluation.Evaluator(
+        run, policy, parts.problems, passes, held_out, parts.other, aside=True
+    )
+    start = None  # supervised training has nothing to compare with or to select by
+    if mode == "train":
+        start = forward.stored_stats(run, policy, passes, pairs, "reference")
+    reference = forward.reference_logps(run, policy, passes, pairs, start, parts.other)
+    shared: dict[str, Any] = {
+        "policy": policy, "passes": passes, "pairs": pairs, "start": start,
+        "reference": reference, "evaluate": evaluator,
+    }  # fmt: skip
+    with interrupt.stop_signal() as stopped:
+        label = run.selection.name if mode == "train" else mode
+        outcome = loop.Trainer(run, workdir, **shared, label=label).train(stopped)
+        twin = None
+        if outcome.finished and run.compare.uniform:
+            twin_run = uniform_twin(run, outcome, counters.pair_flops(policy.model, pairs))
+            (workdir / "uniform").mkdir(exist_ok=True)
+            twin = loop.Trainer(
+                twin_run, workdir / "uniform", **shared, label="uniform"
+            ).train(stopped)  # fmt: skip
+    if not outcome.finished or (twin is not None and not twin.finished):
+        at = twin.counters.step if twin is not None else outcome.counters.step
+        print(f"Stopped after step {at}, saved. The same command goes on from there.")
+        return 0
+    export(workdir / "export", run, policy, outcome.params)
+    found = summary.make(outcome, twin, time.perf_counter() - started)
+    writers.write_json(workdir / "summary.json", found)
+    from sage_jax.report import html
+
+    html.write(workdir)
+    summary.show(found, workdir)
+    return 0
+
+
+def uniform_twin(run: config.Run, outcome: loop.Outcome, flops_N: np.ndarray) -> config.Run:
+    """The settings of plain DPO that spends the FLOPs that a run has spent, scoring counted."""
+    spent = outcome.counters.flops_training + outcome.counters.flops_scoring
+    per_step = 3.0 * run.train.batch_pairs * float(flops_N.mean())
+    return config.replace(
+        run,
+        **{
+            "selection.name": "uniform",
+            "selection.soft": 0.0,
+            "curriculum.sharpness": 0.0,
+            "train.steps": max(1, round(spent / per_step)),
+        },
+    )
+
+
+def _describe(run: config.Run, parts: _Parts, workdir: pathlib.Path) -> None:
+    size = sum(x.size for x in jax.tree.leaves(parts.policy.params))
+    pairs, held = parts.pairs, parts.problems
+    unit = "rows" if run.loss.name == "sft" else "pairs"
+    lost = [f"{n} {why}" for why, n in pairs.dropped.items() if n]
+    lost += [f"{n} bad rows: {why}" for why, n in pairs.skipped.items() if n]
+    left_out = f"; left out: {', '.join(lost)}" if lost else ""
+    lines = [
+        ("model", f"{run.model.path}: {parts.policy.model.spec.family}, {size / 1e6:.2f} M "
+                  "parameters"),
+        ("data", f"{len(pairs)} {unit}, {pairs.lengths_N2.sum() / len(pairs):.0f} tokens each"
+                 f"{left_out}"),
+    ]  # fmt: skip
+    if held is not None:
+        text = f"{len(held.problems)} problems of {run.eval.problems}"
+        if held.seen:
+            text += f", without {held.seen} that are in the training data"
+        lines.append(("held out", text))
+    lines.append(("devices", f"{jax.device_count()} {jax.devices()[0].platform}"))
+    lines.append(("workdir", str(workdir)))
+    print("\n".join(f"{name:11}{text}" for name, text in lines), flush=True)
+
+
+def export(directory: pathlib.Path, run: config.Run, policy: setup.Policy, params: Any) -> None:
+    from sage_jax import models
+
+    models.export(
+        directory, policy.model, jax.device_get(params), tokenizer=policy.tokenizer,
+        dtype=run.export.dtype,
+    )  # fmt: skip

@@ -192,6 +192,8 @@ def main() -> None:
                 run = load("quickstart", settings | known[name])
                 workdir = pathlib.Path(scratch) / f"{name}_{seed}"
                 modes.train(run, workdir)
+                if not (workdir / "summary.json").exists():
+                    sys.exit("stopped before the end; nothing was written")
                 rows = [json.loads(x) for x in (workdir / "metrics.jsonl").open()]
                 runs[name][seed] = curve(rows)
                 seconds[name].append(time.perf_counter() - start)

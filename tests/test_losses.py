@@ -134,7 +134,8 @@ def test_scalars_and_any_shape_are_mapped_elementwise(loss):
         flat = fn(chosen, rejected)
         assert flat.shape == (12,) and flat.dtype == jnp.float32
         grid = fn(chosen.reshape(3, 4), rejected.reshape(3, 4))
-        np.testing.assert_array_equal(grid, flat.reshape(3, 4))
+        # XLA may vectorise another shape otherwise: the last bit differs on JAX 0.12.
+        np.testing.assert_array_max_ulp(np.asarray(grid), np.asarray(flat.reshape(3, 4)), 2)
         np.testing.assert_allclose(fn(float(chosen[0]), float(rejected[0])), flat[0], rtol=1e-6)
         np.testing.assert_array_equal(fn(chosen, 0.0), fn(chosen, np.zeros(12)))
 

@@ -24,7 +24,7 @@ def problem(rng: random.Random, level: int) -> Problem:
     """A problem of one kind, see the top of this module.
 
     >>> problem(random.Random("docs"), 1).prompt
-    'Calculate 3 + 2. Think step by step, and end with the number.'
+    'Calculate 7 + 7. Think step by step, and end with the number.'
     """
     a, b = rng.randint(1, 9), rng.randint(1, 9)
     name, thing = rng.choice(_NAMES), rng.choice(_THINGS)

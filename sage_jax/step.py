@@ -23,6 +23,8 @@ WeightFn = Callable[[scores.PairScores, Array], Array]
 
 # Two rewards closer than this many nats a token are a tie: the policy and its reference run in
 # other rows and other programs, so equal weights give log-probs that differ in the last bits.
+# Measured in float32: 0 in rows of the same shape; else at most 3e-7 (0.4 M parameters) and 1.4e-6
+# (SmolLM2-135M, 504-token rows, 8 at once against 2 x 2).
 TIE = 1e-5
 
 

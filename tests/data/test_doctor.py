@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+import sage_jax
 from sage_jax.data import doctor, encode, records
 
 ROW = {"prompt": "2+2=", "chosen": "4", "rejected": "5"}
@@ -68,7 +69,7 @@ def test_a_clean_file_has_no_warnings(tokenizer):
 
 
 def test_the_arithmetic_pairs_of_a_real_model_are_all_usable(tokenizer):
-    file = pathlib.Path(__file__).parent / "smollm2_arithmetic_pairs.jsonl"
+    file = pathlib.Path(sage_jax.__file__).parent / "assets/smollm2_arithmetic_pairs.jsonl"
     report, _ = examine(file, tokenizer, max_length=512)
     assert report["pairs"] == report["rows"] == report["conversational"] == 150
     assert report["skipped"] == report["ignored_columns"] == report["dropped"] == {}

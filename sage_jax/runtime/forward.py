@@ -84,7 +84,8 @@ def stored_stats(
     space = reference.space(policy.fingerprint, run.model.dtype, logit_norm=logit_norm)
 
     def compute(index: np.ndarray) -> logprobs.SequenceStats:
-        with progress.Progress(len(index), label, "pairs") as bar:
+        few = len(index) <= run.reference.spot_check  # the check of what is stored
+        with progress.Progress(len(index), label, "pairs", aside=few) as bar:
             return passes.stats(policy.params, pairs, index, logit_norm=logit_norm, bar=bar)
 
     return reference.fill(

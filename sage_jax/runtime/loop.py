@@ -36,6 +36,7 @@ class Outcome(NamedTuple):
     counters: counters.Counters
     finished: bool
     rows: list[dict[str, Any]]  # of metrics.jsonl
+    earlier: float  # seconds of the commands before this one, when it resumed
 
 
 class Pending(NamedTuple):
@@ -63,7 +64,11 @@ class Trainer:
         reference: np.ndarray,
         evaluate: Evaluate,
         label: str,
+        began: float | None = None,
     ):
+        """Makes the first state; `began` is the perf_counter at the command's start."""
+        self.began = time.perf_counter() if began is None else began
+        self.earlier = 0.0
         self.run, self.workdir, self.label = run, workdir, label
         self.policy, self.passes, self.pairs = policy, passes, pairs
         self.start, self.reference, self.evaluate = start, reference, evaluate
@@ -173,6 +178,7 @@ class Trainer:
         self._flush()
         if checkpoints.latest() == self.counters.step:
             return
+        self.counters.seconds = self.earlier + time.perf_counter() - self.began
         arrays = {f"memory.{k}": v for k, v in self.memory._asdict().items()}
         if self.round is not None:
             arrays |= {
@@ -211,6 +217,7 @@ class Trainer:
         if meta["round"] >= 0:
             self.round = rounds.Round(number=meta["round"], **parts["round"])
         self.counters = counters.Counters(**meta["counters"])
+        self.earlier = self.counters.seconds
         self.round_metrics = meta["round_metrics"]
 
     # -- rows ------------------------------------------------------------------------------------
@@ -288,7 +295,7 @@ class Trainer:
                     bar.update(0, self._notes())
                 self._save(checkpoints)
         rows = writers.read_rows(self.workdir / "metrics.jsonl")
-        return Outcome(self.state.params, self.counters, finished, rows)
+        return Outcome(self.state.params, self.counters, finished, rows, self.earlier)
 
     def _train_round(self, bar, checkpoints, stopped) -> None:
         assert self.round is not None

@@ -21,7 +21,7 @@ def make(outcome: loop.Outcome, twin: loop.Outcome | None, seconds: float) -> di
     Args:
         outcome: the run.
         twin: uniform DPO at equal FLOPs, if it was trained.
-        seconds: of the whole command.
+        seconds: of the command, and of those before it when it resumed.
     """
     before, after = first_last(outcome.rows, "eval_accuracy")
     counters = outcome.counters

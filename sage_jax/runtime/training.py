@@ -103,7 +103,7 @@ def fit(run: config.Run, workdir: pathlib.Path, mode: str) -> int:
     reference = forward.reference_logps(run, policy, passes, pairs, start, parts.other)
     shared: dict[str, Any] = {
         "policy": policy, "passes": passes, "pairs": pairs, "start": start,
-        "reference": reference, "evaluate": evaluator,
+        "reference": reference, "evaluate": evaluator, "began": started,
     }  # fmt: skip
     with interrupt.stop_signal() as stopped:
         label = run.selection.name if mode == "train" else mode
@@ -120,7 +120,8 @@ def fit(run: config.Run, workdir: pathlib.Path, mode: str) -> int:
         print(f"Stopped after step {at}, saved. The same command goes on from there.")
         return 0
     export(workdir / "export", run, policy, outcome.params)
-    found = summary.make(outcome, twin, time.perf_counter() - started)
+    earlier = max(outcome.earlier, twin.earlier if twin is not None else 0.0)
+    found = summary.make(outcome, twin, earlier + time.perf_counter() - started)
     writers.write_json(workdir / "summary.json", found)
     from sage_jax.report import html
 

@@ -1,0 +1,53 @@
+"""What is counted, against sums written out by hand."""
+
+import numpy as np
+import pytest
+
+from sage_jax.data import encode, pack, records
+from sage_jax.models import decoder, spec
+from sage_jax.runtime import counters
+
+ROWS = [
+    {"prompt_ids": [1, 2], "chosen_ids": [3, 4], "rejected_ids": [5]},
+    {"prompt_ids": [1], "chosen_ids": [3], "rejected_ids": [4, 4, 4]},
+]
+
+
+@pytest.fixture
+def pairs():
+    return encode.encode(records.read(ROWS), None, max_length=8)
+
+
+@pytest.fixture
+def model():
+    return decoder.Model(spec.ModelSpec(vocab=8, d_model=4, d_ff=6, layers=2, heads=2))
+
+
+def test_a_pair_costs_what_its_two_sequences_cost(model, pairs):
+    found = counters.pair_flops(model, pairs)
+    by_hand = [
+        sum(model.forward_flops(n, n * (n + 1) // 2) for n in lengths)
+        for lengths in ((4, 3), (2, 4))
+    ]
+    np.testing.assert_allclose(found, by_hand)
+
+
+def test_a_step_counts_three_forward_passes_of_its_pairs_and_no_padding(model, pairs):
+    flops_N = counters.pair_flops(model, pairs)
+    rows = pack.collate(pairs, np.array([[1, -1], [-1, -1]], np.int32), 8)
+    spent = counters.Counters(flops_scoring=7.0)
+    assert spent.count(rows, flops_N) == 3 * flops_N[1]
+    assert spent.row(len(pairs)) == {
+        "step": 1, "epoch": 0.5, "pairs": 1, "flops": 7.0 + 3 * flops_N[1],
+    }  # fmt: skip
+
+
+def test_utilisation_is_told_only_where_the_peak_is_known(monkeypatch):
+    assert "perf/mfu" not in counters.speed(10, 100.0, 2.0, None)
+    assert counters.speed(10, 100.0, 2.0, 200.0) == {
+        "perf/step_time": 2.0, "perf/tokens_per_second": 5.0, "perf/mfu": 0.25,
+    }  # fmt: skip
+    assert counters.peak_flops("bfloat16") is None  # a CPU
+    monkeypatch.setitem(counters.PEAK_FLOPS, "cpu", 1e12)
+    assert counters.peak_flops("bfloat16") == 8e12  # eight devices in the tests
+    assert counters.peak_flops("float32") is None

@@ -5,6 +5,7 @@ On a terminal a tqdm bar; elsewhere (a log file, CI) plain lines, few of them.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -62,7 +63,7 @@ class Progress:
 
             self._bar = tqdm.tqdm(
                 total=total, initial=start, desc=label, unit=f" {unit}", file=self._stream,
-                dynamic_ncols=True, leave=not aside, delay=self._patience,
+                leave=not aside, delay=self._patience, **_size(self._stream),
             )  # fmt: skip
 
     def update(self, count: int = 1, note: str = "") -> None:
@@ -111,6 +112,15 @@ class Progress:
         text += f", {self._note}" if self._note else ""
         print(text, file=self._stream, flush=True)
         self._said, self._said_at = self.done, now
+
+
+def _size(stream: TextIO) -> dict[str, Any]:
+    """Follows the terminal; 80 x 24 where it does not know its size, as in some containers."""
+    try:
+        known = os.get_terminal_size(stream.fileno()).columns > 0
+    except (OSError, ValueError):  # no terminal with a number
+        known = True
+    return {"dynamic_ncols": True} if known else {"ncols": 80, "nrows": 24}
 
 
 def rate_text(rate: float, unit: str) -> str:

@@ -1,6 +1,8 @@
 """Progress on terminals, in logs, and on processes that are to keep quiet."""
 
 import io
+import os
+import sys
 
 import pytest
 
@@ -102,6 +104,17 @@ def test_a_terminal_gets_a_bar_with_rate_and_time_left():
     assert "sage: 100%" in last
     assert "10/10" in last
     assert "steps/s" in last
+
+
+def test_a_terminal_that_does_not_know_its_size_gets_a_bar_too(monkeypatch):
+    outer, inner = os.openpty()  # its size is 0 x 0
+    with open(inner, "w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        with progress.Progress(2, "sage", "steps") as bar:
+            bar.update(2)
+    said = os.read(outer, 4096).decode()
+    os.close(outer)
+    assert "sage: 100%" in said and "2/2" in said
 
 
 def test_other_processes_are_silent(monkeypatch):

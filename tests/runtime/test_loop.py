@@ -210,6 +210,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(job, tmp_pat
     assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
 
 
+@pytest.mark.slow
 def test_the_twin_spends_the_flops_of_the_run(job, tmp_path):
     run = small_run(**{"selection.scoring": "fresh", "train.steps": 9})
     trainer, outcome = train(job, tmp_path / "run", run)

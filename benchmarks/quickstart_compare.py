@@ -5,8 +5,8 @@
 
 All methods start from one decoder and one set of pairs and take the same number of optimizer steps;
 every point of a curve carries the steps, pairs and total FLOPs (scoring counted) behind it.
-Differences are paired by seed. With the decoder and pairs of the package a seed changes the order of
-the data and the held-out problems. With `--world=fresh` it is a world of its own: a new faulty
+Differences are paired by seed. With the decoder and pairs of the package a seed changes the order
+of the data and the held-out problems. With `--world=fresh` it is a world of its own: a new faulty
 teacher, a decoder supervised by it, and pairs sampled from that decoder (three minutes more each).
 """
 
@@ -200,6 +200,7 @@ def main() -> None:
     table = summarise(runs)
     common.write(args.out, {
         "question": __doc__.split("\n")[0],
+        "world": args.world,
         "settings": {k: str(v) for k, v in shared.items()},
         "summary": table,
         "seconds": seconds,

@@ -125,6 +125,7 @@ def _write_weights(
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         weights = {row.hf.format(layer): _slice(host, row, layer, kind) for row, layer in shard}
         safetensors_numpy.save_file(weights, directory / name, metadata={"format": "pt"})
+        (directory / name).chmod(0o644)  # written for the owner alone otherwise
         home.update(dict.fromkeys(weights, name))
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": home}

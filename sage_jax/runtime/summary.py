@@ -15,17 +15,21 @@ def first_last(rows: list[dict[str, Any]], key: str) -> tuple[float | None, floa
     return (values[0], values[-1]) if values else (None, None)
 
 
-def make(outcome: loop.Outcome, twin: loop.Outcome | None, seconds: float) -> dict[str, Any]:
+def make(
+    outcome: loop.Outcome, twin: loop.Outcome | None, seconds: float, method: str
+) -> dict[str, Any]:
     """The content of summary.json.
 
     Args:
         outcome: the run.
         twin: uniform DPO at equal FLOPs, if it was trained.
         seconds: of the command, and of those before it when it resumed.
+        method: what the run was trained with, such as the name of its selection.
     """
     before, after = first_last(outcome.rows, "eval_accuracy")
     counters = outcome.counters
     summary: dict[str, Any] = {
+        "method": method,
         "accuracy_before": before,
         "accuracy_after": after,
         "accuracy_uniform": first_last(twin.rows, "eval_accuracy")[1] if twin else None,
@@ -72,14 +76,15 @@ def show(summary: dict[str, Any], workdir: pathlib.Path) -> None:
         return format(summary[key] / scale, form) if summary.get(key) is not None else "-"
 
     total = summary["flops_scoring"] + summary["flops_training"]
+    method = {"sage": "SAGE", "sft": "supervision"}.get(summary["method"], summary["method"])
     rows = [["before", share("before"), "-", "-", "-", "-"]]
     rows.append(
-        ["after", share("after"), count("steps"), count("pairs_trained"),
+        [f"after {method}", share("after"), count("steps"), count("pairs_trained"),
          f"{total / 1e9:,.1f}", count("seconds_training", form=",.0f")]
     )  # fmt: skip
     if summary.get("accuracy_uniform") is not None or "steps_uniform" in summary:
         rows.append(
-            ["uniform DPO, equal FLOPs", share("uniform"), count("steps_uniform"),
+            ["after uniform DPO, equal FLOPs", share("uniform"), count("steps_uniform"),
              count("pairs_trained_uniform"), count("flops_uniform", 1e9, ",.1f"),
              count("seconds_training_uniform", form=",.0f")]
         )  # fmt: skip

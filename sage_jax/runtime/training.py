@@ -121,7 +121,12 @@ def fit(run: config.Run, workdir: pathlib.Path, mode: str) -> int:
         return 0
     export(workdir / "export", run, policy, outcome.params)
     earlier = max(outcome.earlier, twin.earlier if twin is not None else 0.0)
-    found = summary.make(outcome, twin, earlier + time.perf_counter() - started)
+    found = summary.make(
+        outcome,
+        twin,
+        earlier + time.perf_counter() - started,
+        run.selection.name if mode == "train" else mode,
+    )
     writers.write_json(workdir / "summary.json", found)
     from sage_jax.report import html
 

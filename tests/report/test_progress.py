@@ -1,7 +1,7 @@
 """Progress on terminals, in logs, and on processes that are to keep quiet."""
 
-import io
 import contextlib
+import io
 import os
 import sys
 

@@ -167,7 +167,12 @@ def detect(row: Row, name: str = "auto") -> Format:
         if all(row.get(column) is not None for column in candidate.needs):
             if candidate.matches(row):
                 return candidate
-    nearest = min(candidates, key=lambda c: len(_missing(row, c)))
+    # The format that the row shares most columns with; one of which it lacks all is no hint.
+    nearest = min(
+        (c for c in candidates if any(column in row for column in c.needs)),
+        key=lambda c: (len(_missing(row, c)), -len(c.needs)),
+        default=FORMATS["explicit" if name == "auto" else name],
+    )
     missing = _missing(row, nearest)
     raise canonical.BadRowError(
         "missing columns",

@@ -256,3 +256,16 @@ def test_fingerprint_without_parsing_equals_that_of_reading(tmp_path):
     file.write_text(GOOD.replace('"c"', '"d"'))
     assert records.fingerprint(file) != before
     assert records.fingerprint([{"a": 1}]) != records.fingerprint([{"a": 2}])
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ({"foo": 3}, "prompt, chosen, rejected"),
+        ({"prompt": "a", "chosen": "b"}, r"'rejected' is missing.*prompt, chosen, rejected"),
+        ({"instruction": "a", "chosen": "b"}, r"'rejected' is missing.*instruction, chosen"),
+    ],
+)
+def test_a_row_without_a_format_is_told_of_the_one_it_is_nearest_to(row, named):
+    with pytest.raises(ValueError, match=named):
+        records.read([row])

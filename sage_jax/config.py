@@ -67,7 +67,7 @@ class Loss:
 @dataclasses.dataclass(frozen=True)
 class Selection:
     name: str = "sage"  # see selection.SELECTORS; "uniform" trains on everything drawn
-    keep: float = 0.5  # share of the pool that is trained on
+    keep: float = 0.5  # share of the pool that is trained on; "uniform" takes all of it
     uniform_share: float = 0.5  # share of the kept pairs drawn uniformly, whatever their score
     scoring: str = "memory"  # "memory": margins remembered from training; "fresh": a forward pass
     margin: str = "likelihood"  # "likelihood": policy alone; "reward": against the reference
@@ -390,6 +390,11 @@ def _check_together(run: Run) -> None:
         raise ValueError(
             f"config.loss.label_smoothing={run.loss.label_smoothing} does nothing for "
             f"loss.name={run.loss.name!r}. Use sigmoid or robust, or set it to 0."
+        )
+    if run.loss.gamma != Loss.gamma and run.loss.name != "simpo":
+        raise ValueError(
+            f"config.loss.gamma={run.loss.gamma} does nothing for loss.name={run.loss.name!r}. Use "
+            f"simpo, or leave it at {Loss.gamma}."
         )
     if chosen.soft and chosen.name == "uniform":
         raise ValueError(

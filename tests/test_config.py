@@ -26,6 +26,7 @@ def test_defaults_resolve_to_the_declared_run_but_for_the_value_that_follows_the
         ({"optimm": {"lr": 1.0}}, r"config.optimm.lr is not .* nearest is config.optim.lr"),
         ({"curriculum": {"pool_size": 100}}, r"keeps 50.0 pairs of a pool of 100.*size to 256"),
         ({"loss": {"name": "ipo", "label_smoothing": 0.1}}, r"label_smoothing=0.1 does nothing"),
+        ({"loss": {"gamma": 1.0}}, r"config.loss.gamma=1.0 does nothing for loss.name='sigmoid'"),
         ({"selection": {"name": "uniform", "soft": 1.0}}, r"selection.soft=1.0 weighs .* by score"),
         ({"loss": {"name": "sft"}}, r"needs pairs, and loss.name='sft'"),
         ({"model": {"heads": 5}}, r"config.model.heads=5 has to divide"),

@@ -65,7 +65,11 @@ def _chosen_tokens(batch: batches.PackedBatch) -> Array:
 
 
 def pair_losses(
-    loss: losses.Loss, stats: logprobs.SequenceStats, ref_logps: Array, *, nll_weight: float = 0.0
+    loss: losses.Loss,
+    stats: logprobs.SequenceStats,
+    ref_logps: Array,
+    *,
+    nll_weight: float | Array = 0.0,
 ) -> Array:
     """The loss of each pair, unreduced.
 
@@ -74,7 +78,7 @@ def pair_losses(
         stats: float32 [..., 2] sums of the policy.
         ref_logps: float32 [..., 2], nats; ignored by losses that need no reference.
         nll_weight: weight of the added mean negative log-likelihood of the chosen completion
-            (RPO, arXiv 2404.19733 eq. 3).
+            (RPO, arXiv 2404.19733 eq. 3); a traced scalar may change without a new compilation.
 
     Returns:
         float32 [...], one loss per pair.
@@ -85,7 +89,7 @@ def pair_losses(
     """
     chosen, rejected = losses.rewards(loss, stats.logps, ref_logps, stats.tokens)
     value = loss.value(chosen, rejected)
-    if nll_weight:
+    if not isinstance(nll_weight, int | float) or nll_weight:
         value = value + nll_weight * losses.nll(stats.logps[..., 0], stats.tokens[..., 0])
     return value
 
@@ -103,7 +107,10 @@ def pair_metrics(
 
     Returns:
         `rewards/*`, `logps/*` (means of token sums, nats), `logits/*` (means over completion
-        tokens), `entropy` (nats per token, both sides), `mean_token_accuracy` (chosen side).
+        tokens), `entropy` (nats per token, both sides), `mean_token_accuracy` (chosen side),
+        `logps/*_per_token` (nats per completion token) and `displacement/*`, by how much that
+        differs from the reference on the same completions. The latter is no KL divergence: the
+        completions come from the data, not from the policy.
         `rewards/accuracies` counts rewards larger by more than rounding (`TIE`), so a policy equal
         to its reference logs 0.
 
@@ -132,6 +139,10 @@ def pair_metrics(
         "rewards/margins": over_pairs(reward[..., 0] - reward[..., 1]),
         "logps/chosen": over_pairs(stats.logps[..., 0]),
         "logps/rejected": over_pairs(stats.logps[..., 1]),
+        "logps/chosen_per_token": over_tokens(stats.logps, chosen),
+        "logps/rejected_per_token": over_tokens(stats.logps, rejected),
+        "displacement/chosen": over_tokens(ratio, chosen),
+        "displacement/rejected": over_tokens(ratio, rejected),
         "logits/chosen": over_tokens(stats.mean_logit, chosen),
         "logits/rejected": over_tokens(stats.mean_logit, rejected),
         "entropy": over_tokens(stats.entropy, both),
@@ -167,7 +178,8 @@ def make_train_step(
             Gradients add up to those of the whole batch.
 
     Returns:
-        An un-jitted `step(state, frozen, batch) -> (TrainState, StepOutput)`.
+        An un-jitted `step(state, frozen, batch, nll_now=nll_weight) -> (TrainState, StepOutput)`;
+        given as an array, `nll_now` may change from step to step without a new compilation.
 
     Raises:
         ValueError: `weight_fn` without `score_fn`, or rows that `accumulate` does not divide.
@@ -194,23 +206,23 @@ def make_train_step(
     if weight_fn is not None and score_fn is None:
         raise ValueError("weight_fn needs the scores of score_fn. Give both, or neither.")
 
-    def part_objective(params, frozen, part, total_weight):
+    def part_objective(params, frozen, part, total_weight, nll_now):
         stats = logps_fn(params, frozen, part)
         seen = jax.lax.stop_gradient(stats)
         pairs = None if score_fn is None else score_fn(seen, part.ref_logps_RS2)
         weight_RS = _pair_weight(part, seen.tokens[..., 0] if token_weighted else None)
         if weight_fn is not None and pairs is not None:
             weight_RS = weight_fn(pairs, weight_RS)
-        loss_RS = pair_losses(loss, stats, part.ref_logps_RS2, nll_weight=nll_weight)
+        loss_RS = pair_losses(loss, stats, part.ref_logps_RS2, nll_weight=nll_now)
         # where, not *: an empty slot adds exactly 0, whatever the loss makes of its zeros.
         loss_RS = jnp.where(weight_RS > 0, loss_RS, 0.0)
         return jnp.sum(loss_RS * weight_RS) / total_weight, (seen, pairs)
 
     grad_fn = jax.value_and_grad(part_objective, has_aux=True)
 
-    def whole(params, frozen, batch, total_weight):
+    def whole(params, frozen, batch, *now):
         if accumulate == 1:
-            return grad_fn(params, frozen, batch, total_weight)
+            return grad_fn(params, frozen, batch, *now)
         rows = batch.tokens_RT.shape[0]
         if rows % accumulate:
             raise ValueError(
@@ -222,17 +234,22 @@ def make_train_step(
         )
 
         def body(carry, part):
-            (value, aux), grads = grad_fn(params, frozen, part, total_weight)
+            (value, aux), grads = grad_fn(params, frozen, part, *now)
             return jax.tree.map(jnp.add, carry, (value, grads)), aux
 
         zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
         (value, grads), aux = jax.lax.scan(body, zero, parts)
         return (value, jax.tree.map(lambda x: x.reshape(rows, *x.shape[2:]), aux)), grads
 
-    def step(state: TrainState, frozen: Any, batch: batches.PackedBatch):
+    def step(
+        state: TrainState,
+        frozen: Any,
+        batch: batches.PackedBatch,
+        nll_now: float | Array = nll_weight,
+    ):
         weight_RS = _pair_weight(batch, _chosen_tokens(batch) if token_weighted else None)
         total_weight = jnp.maximum(weight_RS.sum(), 1e-8)
-        (value, (stats, pairs)), grads = whole(state.params, frozen, batch, total_weight)
+        (value, (stats, pairs)), grads = whole(state.params, frozen, batch, total_weight, nll_now)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {

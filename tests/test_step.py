@@ -165,3 +165,42 @@ def test_eight_devices_take_the_step_of_one():
             losses_seen.append(float(output.metrics["loss"]))
         found.append(losses_seen)
     np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
+
+
+def test_displacement_is_the_change_against_the_reference_in_nats_a_completion_token():
+    rng = np.random.default_rng(3)
+    tokens = rng.integers(1, 9, (5, 2)).astype(float)
+    logps, reference = -3 * rng.random((5, 2)) * tokens, -3 * rng.random((5, 2)) * tokens
+    zero = np.zeros((5, 2), np.float32)
+    stats = logprobs.SequenceStats(np.float32(logps), np.float32(tokens), *[zero] * 5)
+    weight = np.float32([1, 0.5, 0, 2, 1])  # the third pair is left out; the others count alike
+    found = step.pair_metrics(stats, np.float32(reference), weight, 0.1)
+    kept = weight > 0
+    for side, name in enumerate(("chosen", "rejected")):
+        total = tokens[kept, side].sum()
+        per_token = logps[kept, side].sum() / total
+        change = per_token - reference[kept, side].sum() / total
+        np.testing.assert_allclose(found[f"logps/{name}_per_token"], per_token, rtol=1e-6)
+        np.testing.assert_allclose(found[f"displacement/{name}"], change, rtol=1e-5)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_traced_nll_weight_gives_the_step_of_the_fixed_one_in_one_trace(parts):
+    tx, rows, traces = optax.sgd(0.1), rows_of(4), []
+
+    def counted(p, frozen, b):
+        traces.append(1)
+        return logps_fn(p, frozen, b)
+
+    loss = losses.sigmoid(0.1)
+    fn = jax.jit(step.make_train_step(counted, loss, tx, accumulate=parts))
+    state = step.init_state(params(), tx)
+    for weight in (0.0, 0.5, 2.0):
+        traced, output = fn(state, None, rows, jnp.float32(weight))
+        fixed, expected = run(rows, nll_weight=weight, accumulate=parts)
+        np.testing.assert_allclose(output.metrics["loss"], expected.metrics["loss"], rtol=1e-6)
+        for name in traced.params:
+            np.testing.assert_allclose(
+                traced.params[name], fixed.params[name], rtol=1e-5, atol=1e-7
+            )
+    assert len(traces) == 1

@@ -63,7 +63,9 @@ def chunk_length(rows: int, length: int, vocabulary: int, budget_bytes: int = 2*
     return math.ceil(length / math.ceil(length / most))
 
 
-def _stats_of_chunk(hidden: Array, head_DV: Array, targets: Array, logit_norm: bool) -> TokenStats:
+def _stats_of_chunk(
+    hidden: Array, head_DV: Array, targets: Array, logit_norm: bool, light: bool = False
+) -> TokenStats:
     # float32 accumulation whatever the dtype of the matmul's inputs. Rows and tokens are merged for
     # it: XLA's CPU backend contracts two axes slowly in the head's gradient. The sharded row axis
     # stays the major one.
@@ -76,12 +78,15 @@ def _stats_of_chunk(hidden: Array, head_DV: Array, targets: Array, logit_norm: b
 
     seen = jax.lax.stop_gradient(logits)  # what follows is reported, never differentiated
     prob = jnp.exp(seen - jax.lax.stop_gradient(lse)[..., None])
-    entropy = jax.lax.stop_gradient(lse) - jnp.sum(prob * seen, axis=-1)
-    hit = (seen.max(axis=-1) <= jax.lax.stop_gradient(target_logit)).astype(jnp.float32)
-    norm = jnp.zeros_like(lse)
+    norm = zero = jnp.zeros_like(lse)
     if logit_norm:  # ||e_y - p||^2 = 1 - 2 p_y + sum p^2
         norm = 1.0 - 2.0 * jnp.exp(jax.lax.stop_gradient(logp)) + jnp.sum(prob * prob, axis=-1)
-    return TokenStats(logp, entropy, seen.mean(axis=-1), hit, jax.lax.stop_gradient(norm))
+        norm = jax.lax.stop_gradient(norm)
+    if light:
+        return TokenStats(logp, zero, zero, zero, norm)
+    entropy = jax.lax.stop_gradient(lse) - jnp.sum(prob * seen, axis=-1)
+    hit = (seen.max(axis=-1) <= jax.lax.stop_gradient(target_logit)).astype(jnp.float32)
+    return TokenStats(logp, entropy, seen.mean(axis=-1), hit, norm)
 
 
 def token_stats(
@@ -129,6 +134,79 @@ def token_stats(
     return jax.tree.map(
         lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, count * chunk)[:, :length], stacked
     )
+
+
+def completion_stats(
+    hidden_RTD: Array,
+    head_DV: Array,
+    targets_RT: Array,
+    mask_RT: Array,
+    *,
+    chunk: int | None = None,
+    logit_norm: bool = False,
+) -> tuple[TokenStats, Array]:
+    """What a score needs of the counted tokens, which alone pass through the vocabulary matmul.
+
+    Each row's counted positions are gathered to its front, and the loop over chunks ends with the
+    fullest row: prompts and padding cost no head work, whatever share of the rows they are. The
+    number of chunks is known on the device only, so this is a forward pass without a gradient.
+
+    Args:
+        hidden_RTD: final hidden states, float32 or bfloat16.
+        head_DV: the output projection, same dtype as the hidden states.
+        targets_RT: int32, the token that position t is to predict.
+        mask_RT: float32, 1 where the target counts.
+        chunk: tokens of each row per chunk; None chooses at most an eighth of a row.
+        logit_norm: also compute the squared norm of the logit-space gradient.
+
+    Returns:
+        TokenStats, float32 [R, T], and the int32 [R, T] order of positions that they are in: the
+        counted ones first, each row's in their order. `logp_RT` and, if asked for,
+        `logit_norm_RT`; the other fields are 0, and so is everything after the counted tokens.
+
+    >>> hidden = jnp.ones((1, 4, 2)); head = jnp.zeros((2, 8)); mask = jnp.float32([[0, 1, 0, 1]])
+    >>> stats, order = completion_stats(hidden, head, jnp.zeros((1, 4), jnp.int32), mask, chunk=2)
+    >>> order.tolist(), jnp.round(jnp.exp(stats.logp_RT), 3).tolist()
+    ([[1, 3, 0, 2]], [[0.125, 0.125, 1.0, 1.0]])
+    """
+    rows, length, _ = hidden_RTD.shape
+    chunk = chunk or _completion_chunk(rows, length, head_DV.shape[-1])
+    count = math.ceil(length / chunk)
+    order_RT = jnp.argsort(mask_RT <= 0, axis=1, stable=True)
+    padded = jnp.pad(order_RT, ((0, 0), (0, count * chunk - length)))
+    fullest = jnp.max(jnp.sum(mask_RT > 0, axis=1))
+
+    def one(i, found):
+        place = jax.lax.dynamic_slice_in_dim(padded, i * chunk, chunk, 1)
+        part = _stats_of_chunk(
+            jnp.take_along_axis(hidden_RTD, place[..., None], 1),
+            head_DV,
+            jnp.take_along_axis(targets_RT, place, 1),
+            logit_norm,
+            light=True,
+        )
+        return tuple(
+            jax.lax.dynamic_update_slice_in_dim(whole, new, i * chunk, 1)
+            for whole, new in zip(found, (part.logp_RT, part.logit_norm_RT), strict=True)
+        )
+
+    zero = jnp.zeros((rows, count * chunk), jnp.float32)
+    logp, norm = jax.lax.fori_loop(0, (fullest + chunk - 1) // chunk, one, (zero, zero))
+    # The last chunk reaches past the counted tokens of a row, into positions that do not count.
+    counted_RT = jnp.take_along_axis(mask_RT, order_RT, 1) > 0
+    logp_RT, norm_RT = (jnp.where(counted_RT, x[:, :length], 0.0) for x in (logp, norm))
+    zero_RT = zero[:, :length]
+    return TokenStats(logp_RT, zero_RT, zero_RT, zero_RT, norm_RT), order_RT
+
+
+def _completion_chunk(rows: int, length: int, vocabulary: int, least_bytes: int = 2**20) -> int:
+    """Tokens of each row that one chunk of completions holds.
+
+    A pass ends with a whole chunk: fine ones waste little. Below a megabyte of logits the loop
+    costs more than it saves.
+    """
+    fine = max(math.ceil(length / 8), least_bytes // (4 * rows * vocabulary))
+    return min(chunk_length(rows, length, vocabulary), fine)
 
 
 def targets(batch: batches.PackedBatch) -> tuple[Array, Array, Array]:
@@ -215,6 +293,7 @@ def make_logps_fn(
     *,
     chunk: int | None = None,
     logit_norm: bool = False,
+    light: bool = False,
 ) -> LogpsFn:
     """Makes the function that every step takes, from a model's body and its output projection.
 
@@ -224,6 +303,8 @@ def make_logps_fn(
         head_fn: `(params, frozen) -> head_DV`.
         chunk: tokens of each row per chunk of logits; None chooses by `chunk_length`.
         logit_norm: also compute the squared norm of the logit-space gradient.
+        light: for scoring: `entropy`, `mean_logit` and `hits` are not computed but 0, and only
+            completion tokens pass through the head. A forward pass without a gradient.
 
     Returns:
         A pure function `(params, frozen, batch) -> SequenceStats` of [R, S, 2] arrays.
@@ -244,4 +325,17 @@ def make_logps_fn(
         )
         return sequence_stats(tokens, segment_RT, mask_RT, batch.pair_RS.shape[1])
 
-    return logps_fn
+    def light_fn(params, frozen, batch: batches.PackedBatch) -> SequenceStats:
+        targets_RT, segment_RT, mask_RT = targets(batch)
+        tokens, order_RT = completion_stats(
+            hidden_fn(params, frozen, batch),
+            head_fn(params, frozen),
+            targets_RT,
+            mask_RT,
+            chunk=chunk,
+            logit_norm=logit_norm,
+        )
+        segment_RT, mask_RT = (jnp.take_along_axis(x, order_RT, 1) for x in (segment_RT, mask_RT))
+        return sequence_stats(tokens, segment_RT, mask_RT, batch.pair_RS.shape[1])
+
+    return light_fn if light else logps_fn

@@ -36,13 +36,14 @@ def weights(seed=0):
     return jnp.float32(rng.normal(size=(V, D))), jnp.float32(rng.normal(size=(D, V)))
 
 
-def logps_fn(chunk=None, logit_norm=False):
+def logps_fn(chunk=None, logit_norm=False, light=False):
     """A model whose hidden state is its token's embedding plus its position."""
     return logprobs.make_logps_fn(
         lambda p, _, b: p[0][b.tokens_RT] + 0.1 * b.position_RT[..., None],
         lambda p, _: p[1],
         chunk=chunk,
         logit_norm=logit_norm,
+        light=light,
     )
 
 
@@ -80,6 +81,43 @@ def test_statistics_equal_a_token_by_token_float64_computation(jit, chunk):
     found = jit(logps_fn(chunk, logit_norm=True))(params, None, rows)
     for name, value in expected(rows, params).items():
         np.testing.assert_allclose(getattr(found, name), value, atol=2e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("jit", [jax.jit, lambda f: f], ids=["jit", "eager"])
+@pytest.mark.parametrize("chunk", [None, 1, 5, T])
+def test_the_light_path_gives_the_same_numbers_and_zeros_for_what_no_score_reads(jit, chunk):
+    rows, params = packed(), weights()
+    found = jit(logps_fn(chunk, logit_norm=True, light=True))(params, None, rows)
+    by_hand = expected(rows, params)
+    for name in ("logps", "tokens", "spread", "logit_norm"):
+        np.testing.assert_allclose(getattr(found, name), by_hand[name], atol=2e-4, err_msg=name)
+    assert all(np.all(np.asarray(x) == 0) for x in (found.entropy, found.mean_logit, found.hits))
+    # The full path differs in the last bits at most: the same dot products, in other chunks.
+    full = jit(logps_fn(logit_norm=True))(params, None, rows)
+    for name in ("logps", "tokens", "spread", "logit_norm"):
+        a, b = getattr(found, name), getattr(full, name)
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-5, err_msg=name)
+
+
+def test_the_light_path_of_rows_without_completions_is_zero():
+    empty = jax.jit(logps_fn(light=True))(weights(), None, batch.empty(R, T, S))
+    assert all(np.all(np.asarray(value) == 0) for value in empty)
+
+
+def test_the_light_path_spends_no_head_work_on_prompts():
+    """The loop runs as many chunks as the fullest row has completion tokens, and no more."""
+    rows, params, seen = packed(), weights(), []
+    hidden = np.asarray(params[0])[rows.tokens_RT]
+    _, _, mask_RT = logprobs.targets(rows)
+    with jax.disable_jit():  # the loop runs in Python: each chunk calls the matmul
+        with pytest.MonkeyPatch.context() as patch:
+            one = logprobs._stats_of_chunk
+            patch.setattr(
+                logprobs, "_stats_of_chunk", lambda *a, **k: seen.append(a[0].shape) or one(*a, **k)
+            )
+            logprobs.completion_stats(hidden, params[1], rows.tokens_RT, mask_RT, chunk=2)
+    fullest = int(np.asarray(mask_RT).sum(axis=1).max())
+    assert seen == [(R, 2, D)] * -(-fullest // 2) and 2 * len(seen) < T
 
 
 def test_gradient_does_not_depend_on_the_chunk_and_empty_slots_add_nothing():

@@ -118,6 +118,19 @@ def note_drawn(memory: Memory, index_P: np.ndarray) -> Memory:
     return memory._replace(drawn=drawn)
 
 
+def grow(memory: Memory, count: int) -> Memory:
+    """The memory with room for `count` more pairs behind the others, which nothing has seen yet.
+
+    What was remembered of the others stays. Nothing has drawn the new ones either, so `draw` takes
+    them first, until they have been in as many pools as the rest.
+
+    >>> memory = note_drawn(init_memory(2), np.array([1]))
+    >>> grow(memory, 1).drawn.tolist(), grow(memory, 1).last_round.tolist()
+    ([0, 1, 0], [-1, -1, -1])
+    """
+    return Memory(*map(np.concatenate, zip(memory, init_memory(count), strict=True)))
+
+
 def recall(memory: Memory, index_P: np.ndarray) -> Memory:
     """What is remembered of these pairs: the same fields, [P] each.
 

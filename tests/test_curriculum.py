@@ -94,6 +94,17 @@ def test_recall_gives_what_was_remembered_in_the_order_asked_for():
     np.testing.assert_array_equal(found.visits, [1, 1])
 
 
+def test_a_grown_memory_remembers_and_draws_the_new_pairs_first():
+    memory = curriculum.note_drawn(_visited([1.0, 2.0, 3.0], 0.5), np.arange(3))
+    grown = curriculum.grow(memory, 2)
+    for old, new, fresh in zip(memory, grown, curriculum.init_memory(2), strict=True):
+        np.testing.assert_array_equal(new[:3], old)
+        np.testing.assert_array_equal(new[3:], fresh)
+        assert new.dtype == old.dtype
+    pool = curriculum.draw(grown.drawn, np.zeros(5, int), np.ones(1), 2, seed=0, round=1)
+    assert sorted(pool.tolist()) == [3, 4]
+
+
 def test_a_pair_seen_twice_at_once_or_without_a_finite_margin_is_refused():
     memory = curriculum.init_memory(3)
     with pytest.raises(ValueError, match="appears twice"):

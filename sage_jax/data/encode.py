@@ -276,6 +276,77 @@ def encode_cached(
     return encoded
 
 
+def take(pairs: EncodedPairs, index: Sequence[int] | np.ndarray) -> EncodedPairs:
+    """Some pairs of a data set, in the order of `index`; its counts stay those of the whole.
+
+    >>> rows = [{"prompt_ids": [i], "chosen_ids": [2], "rejected_ids": [3]} for i in (7, 8, 9)]
+    >>> pairs = encode(records_lib.read(rows), None, max_length=4)
+    >>> take(pairs, [2, 0]).tokens.tolist()
+    [9, 2, 9, 3, 7, 2, 7, 3]
+    """
+    index_M = np.asarray(index, np.int64)
+    length_Q = pairs.lengths_N2[index_M].reshape(-1)
+    offset = np.concatenate([[0], np.cumsum(length_Q)]).astype(np.int64)
+    first_Q = (2 * index_M[:, None] + np.arange(2)).reshape(-1)
+    # Where each token comes from: the start of its sequence, and its place inside.
+    place = np.repeat(pairs.offset[first_Q] - offset[:-1], length_Q) + np.arange(offset[-1])
+    given = pairs.ref_logps_N2
+    return dataclasses.replace(
+        pairs,
+        tokens=pairs.tokens[place],
+        offset=offset,
+        start_N2=pairs.start_N2[index_M],
+        digest_N16=pairs.digest_N16[index_M],
+        columns={name: column[index_M] for name, column in pairs.columns.items()},
+        origin=[pairs.origin[i] for i in index_M],
+        row_N=pairs.row_N[index_M],
+        ref_logps_N2=None if given is None else given[index_M],
+    )
+
+
+def concatenate(first: EncodedPairs, second: EncodedPairs) -> EncodedPairs:
+    """The pairs of two data sets as one, those of `first` in front; counts add up.
+
+    A column that only one of them has is nan for the pairs of the other. `row_N` and `origin` go on
+    naming the records that each pair was encoded from.
+
+    >>> rows = [{"prompt_ids": [i], "chosen_ids": [2], "rejected_ids": [3]} for i in (7, 8)]
+    >>> one, other = (encode(records_lib.read([row]), None, max_length=4) for row in rows)
+    >>> concatenate(one, other).offset.tolist()
+    [0, 2, 4, 6, 8]
+    """
+
+    def joined(a: np.ndarray | None, b: np.ndarray | None, *shape: int) -> np.ndarray:
+        a = np.full((len(first), *shape), np.nan) if a is None else a
+        b = np.full((len(second), *shape), np.nan) if b is None else b
+        return np.concatenate([a, b])
+
+    def added(a: dict[str, int], b: dict[str, int]) -> dict[str, int]:
+        return {key: a.get(key, 0) + b.get(key, 0) for key in [*a, *(k for k in b if k not in a)]}
+
+    given = None
+    if first.ref_logps_N2 is not None or second.ref_logps_N2 is not None:
+        given = joined(first.ref_logps_N2, second.ref_logps_N2, 2).astype(np.float32)
+    return EncodedPairs(
+        tokens=np.concatenate([first.tokens, second.tokens]),
+        offset=np.concatenate([first.offset, first.offset[-1] + second.offset[1:]]),
+        start_N2=np.concatenate([first.start_N2, second.start_N2]),
+        digest_N16=np.concatenate([first.digest_N16, second.digest_N16]),
+        columns={
+            name: joined(first.columns.get(name), second.columns.get(name))
+            for name in sorted({*first.columns, *second.columns})
+        },
+        origin=[*first.origin, *second.origin],
+        row_N=np.concatenate([first.row_N, second.row_N]),
+        ref_logps_N2=given,
+        dropped=added(first.dropped, second.dropped),
+        cut=added(first.cut, second.cut),
+        merges=first.merges + second.merges,
+        skipped=added(first.skipped, second.skipped),
+        ignored_columns=added(first.ignored_columns, second.ignored_columns),
+    )
+
+
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """Hash of all that decides how a tokenizer turns text and chats into ids; "" for None."""
     if tokenizer is None:

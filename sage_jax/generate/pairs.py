@@ -26,6 +26,10 @@ class Yield(NamedTuple):
     pairs: int
     pass_rate: float  # share of right answers among all sampled
     unfinished: int  # answers cut at the length limit; never used in a pair
+    # What the model read and wrote for it, in the terms of `models.Model.forward_flops`.
+    tokens: int = 0  # of prompts and answers, every answer with a prompt of its own
+    attended: int = 0  # query-key pairs
+    new_tokens: int = 0  # sampled ones, ends counted
 
 
 def sample_pairs(
@@ -74,11 +78,12 @@ def sample_pairs(
             "at least 2 samples, at least 1 pair per problem and a temperature above 0."
         )
     problems = list({str(problem.prompt): problem for problem in problems}.values())
+    prompts = prompting.ask(tokenizer, [problem.prompt for problem in problems])
     answers = sampler.generate(
         model,
         params,
         tokenizer,
-        prompting.ask(tokenizer, [problem.prompt for problem in problems]),
+        prompts,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
@@ -92,7 +97,24 @@ def sample_pairs(
     )
     if prompting.is_chat(tokenizer):
         records = [_conversational(record) for record in records]
-    return records, tally
+    prompt_P = [len(prompting.encode_prompt(tokenizer, prompt)) for prompt in prompts]
+    return records, tally._replace(**_work(prompt_P, answers))
+
+
+def _work(
+    prompt_P: Sequence[int], answers: Sequence[Sequence[sampler.Completion]]
+) -> dict[str, int]:
+    """Tokens that went through the model; each answer's prompt is read anew."""
+    total = [
+        (prompt + c.tokens, c.tokens + c.finished)
+        for prompt, completions in zip(prompt_P, answers, strict=True)
+        for c in completions
+    ]
+    return {
+        "tokens": sum(n for n, _ in total),
+        "attended": sum(n * (n + 1) // 2 for n, _ in total),
+        "new_tokens": sum(new for _, new in total),
+    }
 
 
 def make_pairs(

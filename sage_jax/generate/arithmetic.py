@@ -24,13 +24,14 @@ they are.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import NamedTuple
 
+from sage_jax.generate import faults as mistakes
 from sage_jax.generate.problem import Draw, Problem, Task
 
 LIMIT = 20  # largest running value
 LEVELS = tuple(range(1, 9))
-SLIP = 5  # how far a wrong value is off; less, and two mistakes often cancel
 ALPHABET = "0123456789+-*="
 
 
@@ -40,13 +41,6 @@ class Fact(NamedTuple):
     value: int
     operation: str
     digit: int
-
-
-class Fault(NamedTuple):
-    """What the teacher believes about a faulty fact, and how often it shows."""
-
-    value: int
-    probability: float
 
 
 def apply(fact: Fact) -> int:
@@ -127,36 +121,26 @@ def check(completion: str, answer: str) -> bool:
 
 
 def faults(
-    seed: int, *, share: float = 0.4, odds: tuple[float, ...] = (0.8, 0.6, 0.4)
-) -> dict[Fact, Fault]:
-    """The teacher's table of faulty facts.
-
-    Args:
-        seed: which facts are faulty, and how.
-        share: share of all facts that is faulty, in [0, 1].
-        odds: probabilities that a fault shows; the faulty facts take turns over them.
+    seed: int, *, share: float = mistakes.SHARE, odds: Sequence[float] = mistakes.ODDS
+) -> dict[Fact, mistakes.Fault]:
+    """The teacher's table of faulty facts; see `faults.table` for the arguments.
 
     Returns:
-        For each faulty fact a wrong value in 0..LIMIT, at most SLIP away from the right one, and
-        the probability that the teacher writes it.
+        For each faulty fact a wrong value in 0..LIMIT, near the right one, and the probability
+        that the teacher writes it.
     """
-    if not 0 <= share <= 1 or not odds or not all(0 <= p <= 1 for p in odds):
-        raise ValueError(
-            f"faults(share={share}, odds={odds}): the share and every probability lie in [0, 1], "
-            "and there is at least one probability."
-        )
-    rng = random.Random(f"arithmetic/faults/{seed}")
-    facts = [fact for group in FACTS.values() for fact in group]
-    rng.shuffle(facts)
-    table = {}
-    for i, fact in enumerate(facts[: round(share * len(facts))]):
-        right = apply(fact)
-        wrong = [v for v in range(LIMIT + 1) if 0 < abs(v - right) <= SLIP]
-        table[fact] = Fault(rng.choice(wrong), odds[i % len(odds)])
-    return table
+    return mistakes.table(
+        [fact for group in FACTS.values() for fact in group],
+        wrong=lambda fact: mistakes.near(apply(fact), 0, LIMIT),
+        stream=f"arithmetic/faults/{seed}",
+        share=share,
+        odds=odds,
+    )
 
 
-def teacher(seed: int, *, share: float = 0.4, odds: tuple[float, ...] = (0.8, 0.6, 0.4)) -> Draw:
+def teacher(
+    seed: int, *, share: float = mistakes.SHARE, odds: Sequence[float] = mistakes.ODDS
+) -> Draw:
     """A function like `problem` whose solutions carry the mistakes of `faults(seed, ...)`.
 
     A mistake is carried on: the steps after it work with the wrong value. Problems for which that
@@ -178,14 +162,12 @@ def teacher(seed: int, *, share: float = 0.4, odds: tuple[float, ...] = (0.8, 0.
 
 
 def _with_mistakes(
-    rng: random.Random, start: int, steps: list[Fact], table: dict[Fact, Fault]
+    rng: random.Random, start: int, steps: list[Fact], table: dict[Fact, mistakes.Fault]
 ) -> list[int]:
     value, results = start, []
     for step in steps:
-        believed = step._replace(value=value)
-        fault = table.get(believed)
-        slip = fault is not None and rng.random() < fault.probability
-        value = fault.value if slip and fault else apply(believed)
+        fact = step._replace(value=value)
+        value = mistakes.believe(rng, table, fact, apply(fact))
         results.append(value)
     return results
 

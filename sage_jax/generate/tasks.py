@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 
-from sage_jax.generate import arithmetic, equations, one_digit
+from sage_jax.generate import arithmetic, base_conversion, equations, one_digit
 from sage_jax.generate.problem import Problem, Task, problems, split_of, supervised
 
 __all__ = ["TASKS", "Problem", "Task", "problems", "resolve", "split_of", "supervised"]
 
 TASKS: dict[str, Task] = {
-    task.name: task for task in (arithmetic.TASK, equations.TASK, one_digit.TASK)
+    task.name: task
+    for task in (arithmetic.TASK, equations.TASK, base_conversion.TASK, one_digit.TASK)
 }
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from ml_collections import config_dict
 
-from sage_jax import losses, selection
+from sage_jax import losses, rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,14 +62,21 @@ class Loss:
     label_smoothing: float = 0.0  # probability that a label is flipped (sigmoid, robust)
     gamma: float = 0.5  # target margin (simpo)
     nll_weight: float = 0.0  # weight of the chosen completions' mean negative log-likelihood
+    displacement_limit: float = 0.1  # nats a token that chosen answers may lose against the
+    # reference (running mean) before a warning; 0 = no guard
+    nll_auto: float = 0.0  # nll_weight while more than that limit is lost, until half; 0 = off
 
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    name: str = "sage"  # see selection.SELECTORS; "uniform" trains on everything drawn
+    name: str = "sage"  # see rules.RULES, or "module:function"; "uniform" trains on all drawn
+    column: str = ""  # data column that dual_margin, rho, implicit_gap, easy_half read; "" = none
     keep: float = 0.5  # share of the pool that is trained on; "uniform" takes all of it
     uniform_share: float = 0.5  # share of the kept pairs drawn uniformly, whatever their score
-    scoring: str = "memory"  # "memory": margins remembered from training; "fresh": a forward pass
+    refresh: float = 0.0  # share of the pool that a forward pass scores before each round, the
+    # longest unseen pairs first; 0 = remembered margins alone, 1 = the whole pool afresh
+    scoring_dtype: str = ""  # of the matmuls of that pass: bfloat16, or "" = model.dtype
+    scoring_tokens: int = 0  # completion tokens of each side that it reads; 0 = all
     margin: str = "likelihood"  # "likelihood": policy alone; "reward": against the reference
     kappa: float = 2.0  # standard errors added to the margin; 0 when chosen answers are gold
     damping: float = 0.1  # delta in signal^2 / (curvature + delta)
@@ -121,6 +128,8 @@ class Eval:
     verify: str = "auto"  # how answers are checked: exact, number, math, or the task's own (auto)
     max_new_tokens: int = 64
     batch: int = 128  # prompts decoded at a time
+    kl_prompts: int = 32  # training prompts answered anew for eval_kl to the reference; 0 = none
+    kl_limit: float = 0.5  # eval_kl_per_token, nats, above which there is a warning; 0 = never
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +140,14 @@ class Sample:
     pairs_per_problem: int = 1  # pairs made of them at the most
     temperature: float = 1.0
     top_p: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounds:
+    """Iterated alignment: pairs of the policy in training, by the settings of `sample`."""
+
+    resample: int = 0  # rounds from one sampling of new pairs to the next; 0 = never
+    replace: str = "none"  # older pairs that leave for new ones: none, oldest (as many), all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +177,10 @@ class Export:
 
 @dataclasses.dataclass(frozen=True)
 class Compare:
-    uniform: bool = False  # afterwards, train uniform DPO at equal total FLOPs, scoring counted
+    """Twins, trained afterwards at equal total FLOPs, scoring counted, and reported beside it."""
+
+    uniform: bool = False  # DPO on everything drawn
+    random: bool = False  # the same curriculum and keep share, chosen at random
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +198,7 @@ class Run:
     train: Train = Train()
     eval: Eval = Eval()
     sample: Sample = Sample()
+    rounds: Rounds = Rounds()
     reference: Reference = Reference()
     checkpoint: Checkpoint = Checkpoint()
     mesh: Mesh = Mesh()
@@ -185,7 +206,8 @@ class Run:
     compare: Compare = Compare()
 
 
-# A resumed run may change these; everything else would make it another run.
+# A resumed run may change these; everything else would make it another run. What `sample.` says is
+# part of the run where rounds.resample is set.
 RESUMABLE = (
     "checkpoint.",
     "mesh.",
@@ -204,11 +226,12 @@ _CHOICES = {
     "export.dtype": ("float32", "bfloat16"),
     "data.on_bad_row": ("error", "skip"),
     "loss.name": tuple(losses.LOSSES),
-    "selection.scoring": ("memory", "fresh"),
+    "selection.scoring_dtype": ("", "bfloat16"),
     "selection.margin": ("likelihood", "reward"),
     "selection.stability": ("token_error", "logit_norm", "rounds", "none"),
     "optim.schedule": ("cosine", "linear", "constant"),
     "eval.split": ("train", "eval", "test"),
+    "rounds.replace": ("none", "oldest", "all"),
     "eval.verify": ("auto", "exact", "number", "math"),
 }
 _POSITIVE = (
@@ -219,15 +242,17 @@ _POSITIVE = (
     "mesh.tensor"
 ).split()
 _NOT_NEGATIVE = (
-    "seed eval.seed data.limit loss.gamma loss.nll_weight selection.soft curriculum.pool_size "
-    "optim.eps optim.weight_decay optim.clip_norm eval.every "
-    "reference.spot_check sample.temperature"
+    "seed eval.seed data.limit loss.gamma loss.nll_weight loss.displacement_limit loss.nll_auto "
+    "eval.kl_prompts eval.kl_limit selection.soft curriculum.pool_size "
+    "selection.scoring_tokens optim.eps optim.weight_decay optim.clip_norm eval.every "
+    "reference.spot_check sample.temperature rounds.resample"
 ).split()
 _SHARES = (  # key, lowest, whether the lowest is allowed, whether 1 is
     ("task.faulty_share", 0.0, True, True),
     ("loss.label_smoothing", 0.0, True, False),
     ("selection.keep", 0.0, False, True),
     ("selection.uniform_share", 0.0, True, True),
+    ("selection.refresh", 0.0, True, True),
     ("selection.noise_quantile", 0.0, True, False),
     ("curriculum.floor", 0.0, True, True),
     ("curriculum.decay", 0.0, True, False),
@@ -237,6 +262,9 @@ _SHARES = (  # key, lowest, whether the lowest is allowed, whether 1 is
     ("optim.b2", 0.0, True, False),
     ("sample.top_p", 0.0, False, True),
 )
+
+
+SAMPLED_COLUMNS = ("level", "pass_rate")  # numbers that sampled pairs carry
 
 
 def default() -> config_dict.ConfigDict:
@@ -365,7 +393,10 @@ def resolve(config: Any) -> Run:
 def _check_together(run: Run) -> None:
     """Rules that join several keys. A setting that cannot apply is an error, never ignored."""
     chosen = run.selection
-    selection.resolve(chosen.name)  # raises with the valid names
+    _check_rule(run)
+    _check_resampling(run)
+    _check_scoring(run)
+    _check_guard(run)
     if run.curriculum.sharpness < 0 and run.curriculum.sharpness != -1:
         raise ValueError(
             f"config.curriculum.sharpness={run.curriculum.sharpness} has to be 0 or more, or -1 to "
@@ -408,14 +439,164 @@ def _check_together(run: Run) -> None:
         )
 
 
+def _check_guard(run: Run) -> None:
+    """The displacement guard, the divergence and the twins."""
+    loss, name = run.loss, run.selection.name
+    if loss.nll_auto and not loss.displacement_limit:
+        raise ValueError(
+            f"config.loss.nll_auto={loss.nll_auto} is switched on by loss.displacement_limit, "
+            f"which is 0. Set the limit to 0.1, or nll_auto to 0."
+        )
+    if 0 < loss.nll_auto <= loss.nll_weight:
+        raise ValueError(
+            f"config.loss.nll_auto={loss.nll_auto} replaces loss.nll_weight={loss.nll_weight} "
+            f"when chosen answers fall, so it has to be larger. Raise it, or set it to 0."
+        )
+    if loss.nll_auto and loss.name == "sft":
+        raise ValueError(
+            f"config.loss.nll_auto={loss.nll_auto} does nothing for loss.name='sft', which has no "
+            f"reference. Set it to 0."
+        )
+    if run.eval.kl_limit != Eval.kl_limit and run.eval.kl_limit and not run.eval.kl_prompts:
+        raise ValueError(
+            f"config.eval.kl_limit={run.eval.kl_limit} is held against eval_kl_per_token, which "
+            f"eval.kl_prompts=0 leaves out. Set kl_prompts to 32, or kl_limit to 0."
+        )
+    for twin in ("uniform", "random"):
+        if getattr(run.compare, twin) and name == twin:
+            raise ValueError(
+                f"config.compare.{twin}=True compares selection.name={name!r} with itself. Set "
+                f"compare.{twin} to False."
+            )
+
+
+def _check_rule(run: Run) -> None:
+    """The selection rule exists, reads the column that is set, and fits the loss."""
+    chosen = run.selection
+    rule = rules.resolve(chosen.name)  # raises with the valid names
+    if chosen.column and rule.column == "unused":
+        readers = ", ".join(name for name, r in rules.RULES.items() if r.column != "unused")
+        raise ValueError(
+            f"config.selection.column={chosen.column!r} does nothing for selection.name="
+            f"{chosen.name!r}. Set it to '', or use a rule that reads it: {readers}."
+        )
+    if not chosen.column and rule.column == "required":
+        raise ValueError(
+            f"config.selection.column='' names no data column, and selection.name={chosen.name!r} "
+            f"reads one. Set it to a numeric column of the data, or use another rule."
+        )
+    if rule.beta_alpha is not None and run.loss.name not in losses.BETA_SCALES_REWARDS:
+        raise ValueError(
+            f"config.selection.name={chosen.name!r} changes beta from batch to batch, and "
+            f"loss.name={run.loss.name!r} does not only scale its rewards by it. Use one of "
+            f"{', '.join(losses.BETA_SCALES_REWARDS)}, or another rule."
+        )
+    if rule.beta_alpha is not None and run.train.accumulate > 1:
+        raise ValueError(
+            f"config.train.accumulate={run.train.accumulate} cuts a batch into parts, and "
+            f"selection.name={chosen.name!r} sets beta by the mean margin of the whole batch. Set "
+            f"train.accumulate=1, or use another rule."
+        )
+
+
+def _check_scoring(run: Run) -> None:
+    """The settings of the scoring pass say something, and what it computes can be compared."""
+    chosen = run.selection
+    if chosen.refresh and not needs_scores(run):
+        raise ValueError(
+            f"config.selection.refresh={chosen.refresh} scores pairs, which selection.name="
+            f"{chosen.name!r} does not read. Set selection.refresh=0, or another selection.name."
+        )
+    for key in ("scoring_dtype", "scoring_tokens"):
+        if getattr(chosen, key) and not chosen.refresh:
+            raise ValueError(
+                f"config.selection.{key}={getattr(chosen, key)!r} is about the scoring pass, and "
+                f"with selection.refresh=0 there is none. Raise selection.refresh, or leave "
+                f"selection.{key} at {getattr(Selection, key)!r}."
+            )
+    if not chosen.scoring_tokens:
+        return
+    if chosen.refresh < 1:
+        raise ValueError(
+            f"config.selection.scoring_tokens={chosen.scoring_tokens} gives margins of the first "
+            f"tokens, which do not compare with remembered ones of whole completions. Set "
+            f"selection.refresh=1, or scoring_tokens=0."
+        )
+    if chosen.stability == "rounds":
+        raise ValueError(
+            f"config.selection.scoring_tokens={chosen.scoring_tokens} gives margins of the first "
+            f"tokens, and selection.stability='rounds' the error of whole completions. Use "
+            f"another selection.stability, or scoring_tokens=0."
+        )
+    if chosen.margin == "reward" or rules.resolve(chosen.name).needs_reference:
+        raise ValueError(
+            f"config.selection.scoring_tokens={chosen.scoring_tokens} gives no reward margins, as "
+            f"the reference's log-probs are of whole completions, and selection.name="
+            f"{chosen.name!r} with selection.margin={chosen.margin!r} ranks by them. Set "
+            f"scoring_tokens=0."
+        )
+
+
+def sample_source(run: Run) -> str:
+    """Where the problems come from that pairs are sampled for: "task:NAME" or a .jsonl file.
+
+    Raises:
+        ValueError: there are none, or answers that are all the same can make no pair.
+    """
+    settings = run.sample
+    source = settings.problems or run.eval.problems
+    if not source:
+        raise ValueError("config.sample.problems is empty. Give 'task:NAME' or a .jsonl file.")
+    if not settings.problems and not source.startswith("task:"):
+        raise ValueError(
+            "config.sample.problems is empty, and the file config.eval.problems is for evaluation. "
+            "Give problems to make training pairs of: 'task:NAME' or another .jsonl file."
+        )
+    if settings.per_problem < 2 or settings.temperature == 0:
+        raise ValueError(
+            f"config.sample.per_problem={settings.per_problem}, config.sample.temperature="
+            f"{settings.temperature:g}: a pair needs two different answers. Sample at least 2, at "
+            f"a temperature above 0."
+        )
+    return source
+
+
+def _check_resampling(run: Run) -> None:
+    """New pairs can be sampled, and everything that reads the data can read them."""
+    every, replace = run.rounds.resample, run.rounds.replace
+    if not every:
+        if replace != Rounds.replace:
+            raise ValueError(
+                f"config.rounds.replace={replace!r} does nothing without new pairs. Set "
+                f"config.rounds.resample to a number of rounds, or leave it at {Rounds.replace!r}."
+            )
+        return
+    if run.loss.name == "sft":
+        raise ValueError(
+            f"config.rounds.resample={every} makes pairs, and loss.name='sft' trains on single "
+            f"answers. Set it to 0."
+        )
+    sample_source(run)
+    column, hard = run.selection.column, run.curriculum.difficulty
+    for key, name, others in (
+        ("selection.column", column, ("",)),
+        ("curriculum.difficulty", hard, ("auto", "margin")),
+    ):
+        if name not in (*others, *SAMPLED_COLUMNS):
+            raise ValueError(
+                f"config.{key}={name!r} is a column that the pairs sampled for config.rounds."
+                f"resample={every} do not have; theirs are {', '.join(SAMPLED_COLUMNS)}. Use one "
+                f"of these, or {others[-1]!r}."
+            )
+
+
 def needs_scores(run: Run) -> bool:
-    """Whether the selection reads scores; one of a user's own always does.
+    """Whether the selection reads scores, so that the pool has to have them.
 
     >>> needs_scores(resolve({"selection": {"name": "random"}}))
     False
     """
-    name = run.selection.name
-    return name in selection.NEEDS_SCORES or name not in selection.SELECTORS
+    return rules.resolve(run.selection.name).scores_with(run.selection.column)
 
 
 def kept_share(run: Run) -> float:
@@ -426,10 +607,11 @@ def kept_share(run: Run) -> float:
 def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Settings in which two configs differ and which a resumed run may not change."""
     flat_old, flat_new = flatten(old), flatten(new)
+    free = tuple(k for k in RESUMABLE if k != "sample." or not flat_new["rounds.resample"])
     return {
         key: (flat_old.get(key), flat_new.get(key))
         for key in sorted(flat_old | flat_new)
-        if flat_old.get(key) != flat_new.get(key) and not key.startswith(RESUMABLE)
+        if flat_old.get(key) != flat_new.get(key) and not key.startswith(free)
     }
 
 

@@ -26,6 +26,8 @@ Array = jax.Array | np.ndarray | float
 PairFn = Callable[[Array, Array], jax.Array]
 
 INPUTS = ("log_ratio", "log_ratio_mean", "logp", "logp_mean")
+# Losses on which beta acts by scaling the rewards alone, so that scaled rewards are another beta.
+BETA_SCALES_REWARDS = ("sigmoid", "robust", "hinge", "apo_zero", "apo_down", "nca_pair")
 
 
 @dataclasses.dataclass(frozen=True)

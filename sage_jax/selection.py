@@ -3,25 +3,19 @@
 The jit-able functions (`top_k`, `threshold`, `sample`, `soft_weights`) have static shapes: they
 return a fixed number of indices, a mask, or weights.
 
-On the host a *selector* turns scores into priorities, larger first, and `select_pool` keeps the
-best of every stratum, a uniform share beside them, and leaves out suspected label noise.
+On the host a rule (`rules.RULES`) gives priorities, larger first, and `select_pool` keeps the best
+of every stratum, a uniform share beside them, and leaves out suspected label noise.
 """
 
 from __future__ import annotations
 
-import difflib
-import importlib
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sage_jax import scores
-
 Array = jax.Array | np.ndarray
-Selector = Callable[[scores.PairScores, np.random.Generator], np.ndarray]
 
 
 # --- inside a step: static shapes ---
@@ -108,129 +102,6 @@ def _log(score_B: Array) -> jax.Array:
 def _nan_last(x: Array) -> jax.Array:
     x = jnp.asarray(x, jnp.float32)
     return jnp.where(jnp.isnan(x), -jnp.inf, x)
-
-
-# --- on the host: priorities ---
-
-
-def _ranked(*keys_P: Array) -> np.ndarray:
-    """Dense rank by the first key, ties by the next: float64, larger keys rank higher; nan stays.
-
-    Ranks instead of scores, because a float32 score saturates: beyond 17 nats every wrong pair has
-    the same one, and the keys after it still know the order.
-    """
-    keys = [np.asarray(key, np.float64) for key in keys_P]
-    order = np.lexsort(keys[::-1])
-    differs = np.zeros(len(order), bool)
-    for key in keys:
-        differs[1:] |= key[order][1:] != key[order][:-1]
-    rank = np.empty(len(order))
-    rank[order] = np.cumsum(differs)
-    return np.where(np.isnan(np.sum(keys, axis=0)), np.nan, rank)
-
-
-def sage(pairs: scores.PairScores, rng: np.random.Generator) -> np.ndarray:
-    """Highest SAGE score first; equal scores by the lower pessimistic margin.
-
-    The first pair is the most wrong, but too uncertain of it to come before the second.
-
-    >>> from sage_jax import losses
-    >>> margin, error = np.array([-4.0, 0.0, 3.0]), np.array([3.0, 0.5, 0.5])
-    >>> pairs = scores.make_rescore_fn(losses.sigmoid())(margin, margin, error)
-    >>> sage(pairs, np.random.default_rng(0)).tolist()
-    [1.0, 2.0, 0.0]
-    """
-    return _ranked(pairs.score, -np.asarray(pairs.pessimistic_margin))
-
-
-def random(pairs: scores.PairScores, rng: np.random.Generator) -> np.ndarray:
-    """A random order: the twin that a claim about a score has to beat.
-
-    >>> from sage_jax import losses
-    >>> margin = np.array([-4.0, 0.0, 3.0])
-    >>> pairs = scores.make_rescore_fn(losses.sigmoid())(margin, margin, np.zeros(3))
-    >>> priority_P = random(pairs, np.random.default_rng(0))  # the same for any margins
-    >>> np.argsort(-priority_P).tolist()
-    [0, 1, 2]
-    """
-    return rng.random(len(pairs.margin))
-
-
-def gradient(pairs: scores.PairScores, rng: np.random.Generator) -> np.ndarray:
-    """Largest gradient signal first; equal signals by the lower margin. No curvature, no doubt.
-
-    >>> from sage_jax import losses
-    >>> margin = np.array([-4.0, 0.0, 3.0])
-    >>> pairs = scores.make_rescore_fn(losses.sigmoid())(margin, margin, np.zeros(3))
-    >>> gradient(pairs, np.random.default_rng(0)).tolist()
-    [2.0, 1.0, 0.0]
-    """
-    return _ranked(pairs.gradient_signal, -np.asarray(pairs.margin))
-
-
-def hard_first(pairs: scores.PairScores, rng: np.random.Generator) -> np.ndarray:
-    """Lowest margin first.
-
-    >>> from sage_jax import losses
-    >>> margin = np.array([-4.0, 0.0, 3.0])
-    >>> pairs = scores.make_rescore_fn(losses.sigmoid())(margin, margin, np.zeros(3))
-    >>> hard_first(pairs, np.random.default_rng(0)).tolist()
-    [2.0, 1.0, 0.0]
-    """
-    return _ranked(-np.asarray(pairs.margin))
-
-
-def max_curvature(pairs: scores.PairScores, rng: np.random.Generator) -> np.ndarray:
-    """Most undecided first: largest curvature, then the margin nearest 0.
-
-    >>> from sage_jax import losses
-    >>> margin = np.array([-4.0, 0.0, 3.0])
-    >>> pairs = scores.make_rescore_fn(losses.sigmoid())(margin, margin, np.zeros(3))
-    >>> max_curvature(pairs, np.random.default_rng(0)).tolist()
-    [0.0, 2.0, 1.0]
-    """
-    return _ranked(pairs.curvature, -np.abs(pairs.margin))
-
-
-SELECTORS: dict[str, Selector] = {
-    "sage": sage,
-    "uniform": random,  # with keep = 1 there is nothing to choose; below 1 it is a random part
-    "random": random,
-    "gradient": gradient,
-    "hard_first": hard_first,
-    "max_curvature": max_curvature,
-}
-NEEDS_SCORES = frozenset(SELECTORS) - {"uniform", "random"}
-
-
-def resolve(name: str) -> Selector:
-    """The selector of that name: one of `SELECTORS`, or your own as "module:function".
-
-    Raises:
-        ValueError: no such selector, module or function.
-
-    >>> resolve("hard_first") is hard_first, resolve("sage_jax.selection:gradient") is gradient
-    (True, True)
-    """
-    if name in SELECTORS:
-        return SELECTORS[name]
-    module, colon, function = name.partition(":")
-    if not colon:
-        near = difflib.get_close_matches(name, SELECTORS, 1)
-        raise ValueError(
-            f"selection.name={name!r} must be one of {', '.join(SELECTORS)}, or your own as "
-            f"'module:function'.{f' Did you mean {near[0]!r}?' if near else ''}"
-        )
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as e:
-        raise ValueError(
-            f"selection.name={name!r} cannot be loaded ({e}). Write 'module:function' with a "
-            f"module that can be imported from here (PYTHONPATH) and a function that it defines."
-        ) from e
-    if not callable(found):
-        raise ValueError(f"selection.name={name!r} must be a function of (PairScores, rng).")
-    return found
 
 
 # --- on the host: the pool ---

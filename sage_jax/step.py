@@ -26,14 +26,22 @@ WeightFn = Callable[[scores.PairScores, Array], Array]
 # Measured in float32: 0 in rows of the same shape; else at most 3e-7 (0.4 M parameters) and 1.4e-6
 # (SmolLM2-135M, 504-token rows, 8 at once against 2 x 2).
 TIE = 1e-5
+BETA_MOMENTUM, LEAST_BETA = 0.9, 1e-3  # of beta-DPO, as in its authors' code
+
+
+class BetaState(NamedTuple):
+    """What an adaptive beta carries from step to step."""
+
+    margin_mean: jax.Array  # float32 [], running mean of the batches' implicit margins, nats
 
 
 class TrainState(NamedTuple):
-    """Everything an optimizer update changes. Frozen weights are an argument, not state."""
+    """Everything a step changes. Frozen weights are an argument, not state."""
 
     step: jax.Array  # int32 []
     params: Any  # what is trained: all weights, or adapters
     opt_state: optax.OptState
+    beta: BetaState | tuple[()] = ()  # () with a constant beta
 
 
 class StepOutput(NamedTuple):
@@ -43,13 +51,52 @@ class StepOutput(NamedTuple):
     pairs: scores.PairScores | None  # float32 [R, S] each; None without a score function
 
 
-def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
-    """The state before the first step.
+def init_state(
+    params: Any, tx: optax.GradientTransformation, *, adaptive_beta: bool = False
+) -> TrainState:
+    """The state before the first step; `adaptive_beta` if the step has a `beta_alpha`.
 
     >>> init_state({"w": jnp.ones(2)}, optax.sgd(0.1)).step
     Array(0, dtype=int32)
     """
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+    beta = BetaState(jnp.zeros(())) if adaptive_beta else ()
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), beta)
+
+
+def adapt_beta(
+    state: BetaState, margin: Array, weight: Array, *, beta: float, alpha: float
+) -> tuple[Array, BetaState]:
+    """Beta-DPO's beta of a batch: beta (1 + alpha (mean margin - M0)), at least `LEAST_BETA`.
+
+    M0 is a running mean with momentum `BETA_MOMENTUM`, from 0 on, which already holds this batch.
+    So a batch that is easier than those before it pulls less far, and a harder one further.
+
+    Args:
+        state: of the step before.
+        margin: float32 [...], implicit margins (a_w - r_w) - (a_l - r_l) in nats, as in the
+            authors' code; without gradient.
+        weight: float32 [...]; pairs with weight 0 are left out, others count alike.
+        beta: the constant one that is adapted.
+        alpha: how far; 0 leaves beta exactly as it is.
+
+    Returns:
+        The factor float32 [] on rewards, this batch's beta over the constant one, and the state.
+
+    Source: Wu et al. 2024, "beta-DPO: direct preference optimization with dynamic beta",
+    arXiv 2407.08639.
+
+    >>> factor, state = adapt_beta(BetaState(jnp.zeros(())), jnp.array([1.0, 3.0]), jnp.ones(2),
+    ...                            beta=0.1, alpha=0.5)
+    >>> print(f"{factor:.2f} {state.margin_mean:.2f}")  # 1 + 0.5 (2 - 0.2)
+    1.90 0.20
+    """
+    real = (weight > 0).astype(jnp.float32)
+    # An empty batch has no margin: then M0 stays.
+    mean = jnp.sum(margin * real) / jnp.maximum(real.sum(), 1.0)
+    mean = jnp.where(real.sum() > 0, mean, state.margin_mean)
+    running = BETA_MOMENTUM * state.margin_mean + (1 - BETA_MOMENTUM) * mean
+    factor = jnp.maximum(1 + alpha * (mean - running), min(LEAST_BETA / beta, 1.0))
+    return factor, BetaState(running)
 
 
 def _pair_weight(batch: batches.PackedBatch, tokens_RS: Array | None) -> Array:
@@ -70,6 +117,7 @@ def pair_losses(
     ref_logps: Array,
     *,
     nll_weight: float | Array = 0.0,
+    reward_factor: Array | None = None,
 ) -> Array:
     """The loss of each pair, unreduced.
 
@@ -79,6 +127,8 @@ def pair_losses(
         ref_logps: float32 [..., 2], nats; ignored by losses that need no reference.
         nll_weight: weight of the added mean negative log-likelihood of the chosen completion
             (RPO, arXiv 2404.19733 eq. 3); a traced scalar may change without a new compilation.
+        reward_factor: float32 [], scales both rewards: another beta, for the losses in
+            `losses.BETA_SCALES_REWARDS`. None = 1.
 
     Returns:
         float32 [...], one loss per pair.
@@ -88,6 +138,8 @@ def pair_losses(
     [0.6931]
     """
     chosen, rejected = losses.rewards(loss, stats.logps, ref_logps, stats.tokens)
+    if reward_factor is not None:
+        chosen, rejected = reward_factor * chosen, reward_factor * rejected
     value = loss.value(chosen, rejected)
     if not isinstance(nll_weight, int | float) or nll_weight:
         value = value + nll_weight * losses.nll(stats.logps[..., 0], stats.tokens[..., 0])
@@ -160,6 +212,7 @@ def make_train_step(
     nll_weight: float = 0.0,
     token_weighted: bool = False,
     accumulate: int = 1,
+    beta_alpha: float | None = None,
 ):
     """Makes one optimizer step over packed rows.
 
@@ -176,13 +229,16 @@ def make_train_step(
             tokens.
         accumulate: parts that the rows are cut into, one after the other inside the step.
             Gradients add up to those of the whole batch.
+        beta_alpha: adapts beta to each batch, see `adapt_beta`; None = a constant beta. Needs a
+            state made with `adaptive_beta`, and reports `selection/beta`.
 
     Returns:
         An un-jitted `step(state, frozen, batch, nll_now=nll_weight) -> (TrainState, StepOutput)`;
         given as an array, `nll_now` may change from step to step without a new compilation.
 
     Raises:
-        ValueError: `weight_fn` without `score_fn`, or rows that `accumulate` does not divide.
+        ValueError: `weight_fn` without `score_fn`, rows that `accumulate` does not divide, or an
+            adaptive beta of parts or of a loss that beta does more to than scale its rewards.
 
     >>> rows = batches.empty(1, 8, 1)  # one pair: prompt 1 2, chosen 3 3, rejected 4 4
     >>> rows.tokens_RT[0] = [1, 2, 3, 3, 1, 2, 4, 4]
@@ -205,18 +261,34 @@ def make_train_step(
     """
     if weight_fn is not None and score_fn is None:
         raise ValueError("weight_fn needs the scores of score_fn. Give both, or neither.")
+    if beta_alpha is not None and (accumulate > 1 or loss.name not in losses.BETA_SCALES_REWARDS):
+        raise ValueError(
+            f"beta_alpha={beta_alpha} needs accumulate=1, not {accumulate}, because beta follows "
+            f"the whole batch, and one of the losses {', '.join(losses.BETA_SCALES_REWARDS)}, not "
+            f"{loss.name!r}. Change these, or leave beta_alpha at None."
+        )
 
-    def part_objective(params, frozen, part, total_weight, nll_now):
+    def adapted(beta, stats, part, weight_RS):
+        if beta_alpha is None:
+            return None, beta
+        ratio = stats.logps - part.ref_logps_RS2
+        margin_RS = ratio[..., 0] - ratio[..., 1]
+        return adapt_beta(beta, margin_RS, weight_RS, beta=loss.beta, alpha=beta_alpha)
+
+    def part_objective(params, frozen, part, total_weight, nll_now, beta):
         stats = logps_fn(params, frozen, part)
         seen = jax.lax.stop_gradient(stats)
         pairs = None if score_fn is None else score_fn(seen, part.ref_logps_RS2)
         weight_RS = _pair_weight(part, seen.tokens[..., 0] if token_weighted else None)
         if weight_fn is not None and pairs is not None:
             weight_RS = weight_fn(pairs, weight_RS)
-        loss_RS = pair_losses(loss, stats, part.ref_logps_RS2, nll_weight=nll_now)
+        factor, beta = adapted(beta, seen, part, weight_RS)
+        loss_RS = pair_losses(
+            loss, stats, part.ref_logps_RS2, nll_weight=nll_now, reward_factor=factor
+        )
         # where, not *: an empty slot adds exactly 0, whatever the loss makes of its zeros.
         loss_RS = jnp.where(weight_RS > 0, loss_RS, 0.0)
-        return jnp.sum(loss_RS * weight_RS) / total_weight, (seen, pairs)
+        return jnp.sum(loss_RS * weight_RS) / total_weight, (seen, pairs, factor, beta)
 
     grad_fn = jax.value_and_grad(part_objective, has_aux=True)
 
@@ -249,7 +321,9 @@ def make_train_step(
     ):
         weight_RS = _pair_weight(batch, _chosen_tokens(batch) if token_weighted else None)
         total_weight = jnp.maximum(weight_RS.sum(), 1e-8)
-        (value, (stats, pairs)), grads = whole(state.params, frozen, batch, total_weight, nll_now)
+        (value, (stats, pairs, factor, beta)), grads = whole(
+            state.params, frozen, batch, total_weight, nll_now, state.beta
+        )
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {
@@ -258,7 +332,9 @@ def make_train_step(
             "num_tokens": jnp.sum(batch.segment_RT > 0).astype(jnp.float32),
             **pair_metrics(stats, batch.ref_logps_RS2, weight_RS, loss.beta),
         }
-        return TrainState(state.step + 1, params, opt_state), StepOutput(metrics, pairs)
+        if factor is not None:
+            metrics["selection/beta"] = loss.beta * factor
+        return TrainState(state.step + 1, params, opt_state, beta), StepOutput(metrics, pairs)
 
     return step
 

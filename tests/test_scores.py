@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sage_jax import logprobs, losses, scores, selection
+from sage_jax import curriculum, logprobs, losses, rules, scores
 
 JIT = pytest.mark.parametrize("jit", [jax.jit, lambda f: f], ids=["jit", "eager"])
 TO_ZERO = ("sigmoid", "simpo")  # losses whose slope dies out, so that every score falls with m
@@ -80,7 +80,8 @@ def test_without_errors_all_score_selectors_choose_the_hardest_half(margin):
     pairs = scores.make_score_fn(losses.sigmoid(), margin=margin, kappa=0.0)(stats, ref)
     hardest = set(np.argsort(np.asarray(pairs.margin))[:25])
     for name in ("sage", "gradient", "hard_first"):
-        priority = selection.SELECTORS[name](pairs, np.random.default_rng(0))
+        known = rules.candidates(pairs, curriculum.init_memory(50))
+        priority = rules.RULES[name].rank(known, np.random.default_rng(0))
         assert set(np.argsort(-priority)[:25]) == hardest, name
 
 
@@ -89,7 +90,8 @@ def test_token_errors_change_the_ranking_and_put_unsupported_errors_behind():
     loss = losses.sigmoid()
     plain = scores.make_score_fn(loss, kappa=0.0)(stats, ref)
     doubting = scores.make_score_fn(loss, kappa=2.0)(stats, ref)
-    first = selection.sage(plain, None), selection.sage(doubting, None)
+    memory, rng = curriculum.init_memory(50), np.random.default_rng(0)
+    first = [rules.sage(rules.candidates(pairs, memory), rng) for pairs in (plain, doubting)]
     assert (np.argsort(first[0]) != np.argsort(first[1])).mean() > 0.5
     confident, doubtful = scores.sage(loss, np.array([-4.0, -6.0]), np.array([0.5, 4.0]))
     assert confident > doubtful

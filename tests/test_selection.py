@@ -9,19 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sage_jax import losses, scores, selection
+from sage_jax import selection
 
 JIT = pytest.mark.parametrize("jit", [True, False], ids=["jit", "eager"])
 
 
 def _maybe_jit(jit, fn):
     return jax.jit(fn) if jit else fn
-
-
-def _pairs(margin, error=None, *, loss=None, kappa=2.0):
-    rescore = scores.make_rescore_fn(loss or losses.sigmoid(), kappa=kappa)
-    margin = np.float32(margin)
-    return jax.device_get(rescore(margin * 0, margin, margin * 0 if error is None else error))
 
 
 def _rng(seed=0):
@@ -134,76 +128,6 @@ def test_two_batches_of_one_shape_are_traced_once():
     for seed in range(2):
         step(jax.random.key(seed), jnp.full(8, seed + 1.0), jnp.ones(8))
     assert len(traces) == 1
-
-
-# --- selectors
-
-
-@pytest.mark.parametrize("low", [-2000.0, -60.0, 20.0])
-def test_sage_does_not_tie_where_float32_scores_do(low):
-    margin = _rng().permutation(low + np.linspace(0, 40, 41))
-    pairs = _pairs(margin)
-    assert len(np.unique(pairs.score)) < 41  # saturated
-    for name in ("sage", "gradient", "hard_first"):
-        priority = selection.SELECTORS[name](pairs, _rng())
-        assert priority.dtype == np.float64
-        np.testing.assert_array_equal(np.argsort(-priority), np.argsort(margin))
-
-
-def test_saturated_scores_are_ordered_by_the_pessimistic_margin_and_not_by_the_margin():
-    margin, error = np.float32([-100, -200]), np.float32([1, 80])
-    pairs = _pairs(margin, error)  # pessimistic: -98 and -40
-    assert pairs.score[0] == pairs.score[1]
-    assert selection.sage(pairs, _rng()).argmax() == 0
-    assert selection.gradient(pairs, _rng()).argmax() == 1
-
-
-def test_max_curvature_takes_the_undecided_pairs():
-    margin = np.array([-70.0, -3.0, 0.2, 3.1, 60.0, 80.0])
-    priority = selection.max_curvature(_pairs(margin), _rng())
-    np.testing.assert_array_equal(np.argsort(-priority), np.argsort(np.abs(margin)))
-
-
-def test_selectors_of_non_monotone_losses_follow_the_score():
-    loss = losses.ipo(beta=1.0)  # pulls back what overshoots: large margins score high again
-    pairs = _pairs([-1.0, 0.5, 3.0], loss=loss)
-    assert np.argsort(-selection.sage(pairs, _rng())).tolist() == [2, 0, 1]
-
-
-def test_pairs_of_equal_score_and_margin_have_equal_priority_and_unknown_ones_nan():
-    priority = selection.sage(_pairs([1.0, -1.0, 1.0, np.nan]), _rng())
-    assert priority[0] == priority[2] < priority[1] and np.isnan(priority[3])
-
-
-def test_random_selectors_depend_on_nothing_but_the_generator():
-    one, two = _pairs(np.arange(5.0)), _pairs(-np.arange(5.0))
-    for name in ("random", "uniform"):
-        selector = selection.SELECTORS[name]
-        np.testing.assert_array_equal(selector(one, _rng(3)), selector(two, _rng(3)))
-        assert (selector(one, _rng(3)) != selector(one, _rng(4))).any()
-
-
-def test_only_the_score_selectors_need_scores():
-    assert {"sage", "gradient", "hard_first", "max_curvature"} == selection.NEEDS_SCORES
-
-
-def test_own_selector_is_found_by_module_and_function():
-    assert selection.resolve("sage_jax.selection:hard_first") is selection.hard_first
-    assert all(selection.resolve(name) is fn for name, fn in selection.SELECTORS.items())
-
-
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("sgae", "Did you mean 'sage'"),
-        ("nosuchmodule:rule", "cannot be loaded"),
-        ("sage_jax.selection:nosuch", "cannot be loaded"),
-        ("sage_jax.selection:NEEDS_SCORES", "must be a function"),
-    ],
-)
-def test_unknown_selector_is_named_with_the_nearest_or_the_reason(name, words):
-    with pytest.raises(ValueError, match=words):
-        selection.resolve(name)
 
 
 # --- the pool

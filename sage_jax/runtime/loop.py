@@ -23,7 +23,7 @@ import numpy as np
 from sage_jax import config, curriculum, logprobs, scores, selection, step
 from sage_jax.data import encode, pipeline
 from sage_jax.report import progress, writers
-from sage_jax.runtime import checkpoint, counters, forward, rounds, setup, state
+from sage_jax.runtime import checkpoint, counters, forward, resample, rounds, setup, state
 from sage_jax.runtime import mesh as meshes
 
 Evaluate = Callable[[Any], dict[str, float]]
@@ -65,6 +65,7 @@ class Trainer:
         evaluate: Evaluate,
         label: str,
         began: float | None = None,
+        resampler: resample.Resampler | None = None,
     ):
         """Makes the first state; `began` is the perf_counter at the command's start."""
         self.began = time.perf_counter() if began is None else began
@@ -72,9 +73,12 @@ class Trainer:
         self.run, self.workdir, self.label = run, workdir, label
         self.policy, self.passes, self.pairs = policy, passes, pairs
         self.start, self.reference, self.evaluate = start, reference, evaluate
+        self.first_pairs, self.resampler = pairs, resampler
+        self.resampled: list[resample.Entry] = []
         self.loss = setup.make_loss(run)
         self.score_fn = setup.make_score_fn(run, self.loss)
         self.flops_N = counters.pair_flops(policy.model, pairs)
+        self.scorer = forward.Scorer(run, policy, passes, pairs, reference, self.loss)
         self.peak_flops = counters.peak_flops(run.model.dtype)
         self._build_step()
         self.memory = self._first_memory()
@@ -89,10 +93,10 @@ class Trainer:
         run, mesh = self.run, self.passes.mesh
         tx, schedule = state.make_optimizer(run)
         self.learning_rate = np.asarray(jax.vmap(schedule)(jnp.arange(run.train.steps)))
-        placed = state.state_shardings(tx, self.policy.params, mesh)
+        placed = state.state_shardings(run, tx, self.policy.params, mesh)
         # A copy: the step donates its state, and the reference weights outlive this run.
         self.state = jax.jit(
-            lambda p: step.init_state(jax.tree.map(jnp.copy, p), tx), out_shardings=placed
+            lambda p: state.init_state(run, jax.tree.map(jnp.copy, p), tx), out_shardings=placed
         )(self.policy.params)
         uses_scores = (
             config.needs_scores(run) or run.curriculum.sharpness > 0 or run.selection.soft > 0
@@ -111,6 +115,7 @@ class Trainer:
             nll_weight=run.loss.nll_weight,
             token_weighted=run.loss.name == "sft",
             accumulate=run.train.accumulate,
+            beta_alpha=state.beta_alpha(run),
         )
         self.train_step = jax.jit(
             train_step,
@@ -132,23 +137,46 @@ class Trainer:
     # -- a round ---------------------------------------------------------------------------------
 
     def _score_pool(self, index_P: np.ndarray) -> scores.PairScores:
-        if self.run.selection.scoring == "memory":
-            return rounds.remembered_scores(self.memory, index_P, self.loss, self.run)
         start = time.perf_counter()
-        stats = self.passes.stats(
+        found = self.scorer(
             self.state.params,
-            self.pairs,
+            self.memory,
             index_P,
-            logit_norm=self.run.selection.stability == "logit_norm",
+            number=self.round.number + 1 if self.round else 0,
+            moved=self.counters.step > 0,
         )
-        found = jax.device_get(self.score_fn(stats, self.reference[index_P]))
-        number = self.round.number + 1 if self.round else 0
-        self.memory = curriculum.remember(self.memory, index_P, found, round=number, trained=False)
-        self.counters.flops_scoring += float(self.flops_N[index_P].sum())
-        self.counters.seconds_scoring += time.perf_counter() - start
-        if self.run.selection.stability == "rounds":
-            return rounds.remembered_scores(self.memory, index_P, self.loss, self.run)
-        return found
+        self.memory = found.memory
+        if found.flops:
+            self.counters.flops_scoring += found.flops
+            self.counters.seconds_scoring += time.perf_counter() - start
+        return found.pairs
+
+    def _hold(self, pairs: encode.EncodedPairs, reference: np.ndarray) -> None:
+        """Takes another data set; the memory, which is as long, is taken beside it."""
+        self.pairs, self.reference = pairs, reference
+        self.flops_N = counters.pair_flops(self.policy.model, pairs)
+        self.scorer = forward.Scorer(
+            self.run, self.policy, self.passes, pairs, reference, self.loss
+        )
+
+    def _resample(self, stopped: Callable[[], bool]) -> dict[str, float]:
+        """New pairs of the policy, where the round to come is due for them; `resample/*`."""
+        number, every = self.round.number + 1 if self.round else 0, self.run.rounds.resample
+        if self.resampler is None or self.round is None or number % every:
+            return {}
+        grown = self.resampler.grow(
+            self.run, self.workdir, number, self.state.params,
+            resample.Data(self.pairs, self.reference, self.memory, self.round.rule),
+            loss=self.loss, score_fn=self.score_fn, stopped=stopped,
+        )  # fmt: skip
+        self._hold(grown.data.pairs, grown.data.reference)
+        self.memory = grown.data.memory
+        self.round = self.round._replace(rule=grown.data.rule)
+        self.resampled.append(grown.entry)
+        for name in ("flops_sampling", "flops_scoring", "seconds_sampling", "seconds_scoring"):
+            spent = getattr(self.counters, name) + getattr(grown, name)
+            setattr(self.counters, name, spent)
+        return grown.metrics
 
     def _next_round(self) -> None:
         start, scored_before = time.perf_counter(), self.counters.seconds_scoring
@@ -157,7 +185,9 @@ class Trainer:
             self.round.number + 1 if self.round else 0,
             self.memory,
             self.round.competence_K if self.round else None,
+            self.round.rule if self.round else None,
             run=self.run,
+            loss=self.loss,
             pairs=self.pairs,
             shape=self.passes.shape,
             score_pool=self._score_pool if needs_scores else None,
@@ -184,20 +214,24 @@ class Trainer:
             arrays |= {
                 f"round.{k}": np.asarray(v)
                 for k, v in self.round._asdict().items()
-                if k != "number"
+                if k not in ("number", "rule")
             }
+            arrays |= {f"rule.{k}": v for k, v in self.round.rule.items()}
         meta = {
             "config": config.as_dict(self.run),
             "content": self._content(),
             "counters": dataclasses.asdict(self.counters),
             "round": self.round.number if self.round else -1,
             "round_metrics": self.round_metrics,
+            "resampled": [entry._asdict() for entry in self.resampled],
         }
+        if self.resampled:
+            arrays["data.reference"] = self.reference
         checkpoints.save(self.counters.step, self.state, arrays, meta)
 
     def _content(self) -> dict[str, str]:
         """What has to be the same when a run goes on, besides its settings."""
-        pairs = hashlib.blake2b(self.pairs.digest_N16.tobytes(), digest_size=16).hexdigest()
+        pairs = hashlib.blake2b(self.first_pairs.digest_N16.tobytes(), digest_size=16).hexdigest()
         return {"data.train": pairs, "model.path": self.policy.fingerprint}
 
     def _restore(self, checkpoints: checkpoint.Checkpoints, at: int) -> None:
@@ -209,13 +243,22 @@ class Trainer:
                     f"{self.workdir} holds a run of other content: config.{what} has the same name "
                     f"as when it started, but not the same content. Use another --workdir."
                 )
-        parts: dict[str, dict[str, Any]] = {"memory": {}, "round": {}}
+        parts: dict[str, dict[str, Any]] = {
+            "memory": {}, "round": {}, "rule": {}, "data": {}
+        }  # fmt: skip
         for name, value in arrays.items():
             kind, _, field = name.partition(".")
             parts[kind][field] = value
+        self.resampled = [resample.Entry(**entry) for entry in meta["resampled"]]
+        if self.resampled:
+            assert self.resampler is not None
+            pairs = self.resampler.replay(self.run, self.workdir, self.pairs, self.resampled)
+            self._hold(pairs, parts["data"]["reference"])
         self.memory = curriculum.Memory(**parts["memory"])
         if meta["round"] >= 0:
-            self.round = rounds.Round(number=meta["round"], **parts["round"])
+            self.round = rounds.Round(
+                number=meta["round"], rule=parts["rule"], **parts["round"]
+            )
         self.counters = counters.Counters(**meta["counters"])
         self.earlier = self.counters.seconds
         self.round_metrics = meta["round_metrics"]
@@ -285,7 +328,12 @@ class Trainer:
                 while self.counters.step < steps and not stopped():
                     if self.round is None or self.counters.position == len(self.round.pair_KRS):
                         self._flush()
+                        try:
+                            found = self._resample(stopped)
+                        except resample.StoppedError:
+                            break
                         self._next_round()
+                        self.round_metrics |= found
                     self._train_round(bar, checkpoints, stopped)
                 self._flush()
                 finished = self.counters.step == steps
@@ -322,6 +370,7 @@ class Trainer:
                 flops = self.counters.count(rows, self.flops_N)
                 row["perf/padding_fraction"] = float((rows.segment_RT == 0).mean())
                 row["perf/scoring_fraction"] = self.counters.flops_scoring / self.counters.flops
+                row["perf/scoring_seconds_fraction"] = self.counters.scoring_seconds_fraction
                 self.pending = Pending(now, row, flops, np.asarray(rows.pair_RS), output)
                 bar.update(1, self._notes())
                 if checkpoints.due(self.counters.step):

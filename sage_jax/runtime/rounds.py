@@ -6,13 +6,14 @@ checkpoint, so that a resumed run trains the same pairs without scoring anything
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from sage_jax import config, curriculum, losses, scores, selection
+from sage_jax import config, curriculum, losses, rules, scores, selection
 from sage_jax.data import encode, pack
 
 # Columns that "auto" takes for the difficulty, and the sign that makes larger mean harder.
@@ -26,6 +27,7 @@ class Round(NamedTuple):
     pool_P: np.ndarray  # int64, the pairs that were drawn
     pair_KRS: np.ndarray  # int32, the rows of each of the K steps, -1 = empty slot
     competence_K: np.ndarray  # float64, running competence per stratum, after this round's draw
+    rule: dict[str, np.ndarray]  # state of the selection rule, after this round's ranking
 
 
 class Drawn(NamedTuple):
@@ -36,6 +38,17 @@ class Drawn(NamedTuple):
     selection: selection.Selection
     share_K: np.ndarray
     population_K: np.ndarray
+    priority_P: np.ndarray | None  # of the rule; None where nothing was ranked
+
+
+def difficulty_source(pairs: encode.EncodedPairs, source: str) -> str:
+    """What "auto" stands for: the first known column that is complete, else "margin"."""
+    if source != "auto":
+        return source
+    for name, _ in DIFFICULTY_COLUMNS:
+        if name in pairs.columns and np.isfinite(pairs.columns[name]).all():
+            return name
+    return "margin"
 
 
 def difficulty(
@@ -54,11 +67,7 @@ def difficulty(
     Raises:
         ValueError: the data has no such column, or it has gaps.
     """
-    if source == "auto":
-        for name, sign in DIFFICULTY_COLUMNS:
-            if name in pairs.columns and np.isfinite(pairs.columns[name]).all():
-                return sign * pairs.columns[name]
-        source = "margin"
+    source = difficulty_source(pairs, source)
     if source == "margin":
         assert memory is not None
         return -np.nan_to_num(memory.likelihood_margin.astype(np.float64))
@@ -87,22 +96,51 @@ def remembered_scores(
         error = scores.round_variance_error(
             memory.mean[index_P], memory.m2[index_P], memory.visits[index_P]
         )
-    rescore = scores.make_rescore_fn(
+    return jax.device_get(make_rescore_fn(run, loss)(reward, likelihood, error))
+
+
+def make_rescore_fn(run: config.Run, loss: losses.Loss) -> Callable[..., scores.PairScores]:
+    """`scores.make_rescore_fn` of the settings."""
+    chosen = run.selection
+    return scores.make_rescore_fn(
         loss,
         margin=chosen.margin,
         kappa=chosen.kappa,
         damping=chosen.damping,
         temperature=chosen.temperature,
     )
-    return jax.device_get(rescore(reward, likelihood, error))
+
+
+def stalest(
+    last_round_P: np.ndarray, share: float, *, seed: int, number: int
+) -> np.ndarray:
+    """Places of the pool's pairs that were seen longest ago; equals come in random order.
+
+    Args:
+        last_round_P: int, the round in which each pair of the pool was last seen.
+        share: of the pool, in [0, 1]; a pair is taken where the share is a part of one.
+        seed: of the run.
+        number: of the round.
+
+    Returns:
+        int64, increasing.
+
+    >>> stalest(np.array([2, -1, 1, 2]), 0.5, seed=0, number=3).tolist()
+    [1, 2]
+    """
+    rng = np.random.default_rng(np.random.SeedSequence([seed, number, 2]))
+    order = np.lexsort((rng.random(len(last_round_P)), last_round_P))
+    return np.sort(order[: math.ceil(share * len(last_round_P) - 1e-9)])
 
 
 def next_round(
     number: int,
     memory: curriculum.Memory,
     competence_K: np.ndarray | None,
+    rule_state: rules.State | None,
     *,
     run: config.Run,
+    loss: losses.Loss,
     pairs: encode.EncodedPairs,
     shape: pack.RowShape,
     score_pool: Callable[[np.ndarray], scores.PairScores] | None,
@@ -113,7 +151,9 @@ def next_round(
         number: of the round, from 0.
         memory: what is known of every pair.
         competence_K: running competence per stratum; None before the first round.
+        rule_state: state of the selection rule; None before the first round.
         run: the settings.
+        loss: of the run.
         pairs: the data set.
         shape: static shape of the rows.
         score_pool: scores of drawn pairs, `index_P -> PairScores`; None: nothing is scored.
@@ -137,8 +177,15 @@ def next_round(
     pool_P = curriculum.draw(memory.drawn, stratum_N, share_K, size, seed=run.seed, round=number)
     scored = score_pool(pool_P) if score_pool else None
     rng = np.random.default_rng(np.random.SeedSequence([run.seed, number, 1]))
-    chosen = _select(pool_P, stratum_N[pool_P], scored, memory, run, rng)
-    order_K = rng.permutation(pool_P[chosen.selected_P])
+    ranked = None
+    if run.selection.name != "uniform":
+        ranked = rank(pool_P, scored, memory, rule_state, run=run, loss=loss, pairs=pairs, rng=rng)
+    priority_P = ranked.priority_P if ranked else None
+    chosen = select(pool_P, stratum_N[pool_P], priority_P, memory, run, rng)
+    order_K = rng.permutation(np.flatnonzero(chosen.selected_P))
+    if priority_P is not None and rules.resolve(run.selection.name).ordered:
+        order_K = order_K[np.argsort(-priority_P[order_K], kind="stable")]  # nan sorts last
+    order_K = pool_P[order_K]
     pair_KRS = pack.plan(
         pairs.lengths_N2,
         order_K,
@@ -152,20 +199,76 @@ def next_round(
             f"{len(order_K)} pairs were selected from {len(pool_P)}, fewer than one batch of "
             f"config.train.batch_pairs={run.train.batch_pairs}. Lower it, or raise selection.keep."
         )
-    drawn = Drawn(stratum_N[pool_P], scored, chosen, share_K, population_K)
-    return Round(number, pool_P, pair_KRS, competence_K), drawn
+    drawn = Drawn(stratum_N[pool_P], scored, chosen, share_K, population_K, priority_P)
+    return Round(number, pool_P, pair_KRS, competence_K, ranked.state if ranked else {}), drawn
 
 
-def _select(pool_P, stratum_P, scored, memory, run, rng) -> selection.Selection:
+def rule_column(run: config.Run, pairs: encode.EncodedPairs) -> np.ndarray | None:
+    """The data column that the selection rule reads, float64 [N]; None when none is named.
+
+    Raises:
+        ValueError: the data has no such column, or it has gaps.
+    """
+    name = run.selection.column
+    if not name:
+        return None
+    if name not in pairs.columns:
+        raise ValueError(
+            f"config.selection.column={name!r} is no numeric column of the data, which has "
+            f"{', '.join(sorted(pairs.columns)) or 'none'}. Use one of them, or add it."
+        )
+    missing = int((~np.isfinite(pairs.columns[name])).sum())
+    if missing:
+        raise ValueError(
+            f"config.selection.column={name!r}: {missing} of {len(pairs)} pairs have no value in "
+            f"that column. Fill it, or use a rule that needs no column."
+        )
+    return pairs.columns[name]
+
+
+def rank(
+    pool_P: np.ndarray,
+    scored: scores.PairScores | None,
+    memory: curriculum.Memory,
+    state: rules.State | None,
+    *,
+    run: config.Run,
+    loss: losses.Loss,
+    pairs: encode.EncodedPairs,
+    rng: np.random.Generator,
+) -> rules.Ranked:
+    """Priorities of a pool by the rule of the settings, and the rule's next state."""
+    rule, column_N = rules.resolve(run.selection.name), rule_column(run, pairs)
+    if state is None and rule.init is not None:
+        state = rule.init(rules.candidates(None, memory, loss=loss, column_P=column_N))
+    known = rules.candidates(
+        scored,
+        curriculum.recall(memory, pool_P),
+        pair_P=pool_P,
+        loss=loss,
+        column_P=None if column_N is None else column_N[pool_P],
+        state=state,
+    )
+    return rules.ranked(rule, known, rng)
+
+
+def select(
+    pool_P: np.ndarray,
+    stratum_P: np.ndarray,
+    priority_P: np.ndarray | None,
+    memory: curriculum.Memory,
+    run: config.Run,
+    rng: np.random.Generator,
+) -> selection.Selection:
+    """The pairs of a pool that are trained; all of them without priorities."""
     chosen = run.selection
-    if chosen.name == "uniform":
+    if priority_P is None:
         everything = np.ones(len(pool_P), bool)
         return selection.Selection(everything, np.full(len(pool_P), "all", "<U10"))
-    selector = selection.resolve(chosen.name)
     # The guard needs reward margins that have moved: at the start they are all 0.
     begun = bool((memory.trained[pool_P] > 0).any())
     return selection.select_pool(
-        selector(scored if scored is not None else _blank(len(pool_P)), rng),
+        priority_P,
         stratum_P,
         pool_P,
         keep=chosen.keep,
@@ -174,10 +277,6 @@ def _select(pool_P, stratum_P, scored, memory, run, rng) -> selection.Selection:
         reward_margin_P=memory.reward_margin[pool_P] if chosen.noise_quantile and begun else None,
         noise_quantile=chosen.noise_quantile if begun else 0.0,
     )
-
-
-def _blank(count: int) -> scores.PairScores:
-    return scores.PairScores(*(np.zeros(count, np.float32) for _ in scores.PairScores._fields))
 
 
 def log_rows(round_: Round, drawn: Drawn, origin: list[str]) -> list[dict]:
@@ -191,6 +290,8 @@ def log_rows(round_: Round, drawn: Drawn, origin: list[str]) -> list[dict]:
             "selected": bool(drawn.selection.selected_P[place]),
             "why": str(drawn.selection.reason_P[place]),
         }
+        if drawn.priority_P is not None:
+            row["priority"] = float(drawn.priority_P[place])
         if drawn.pairs is not None:
             row |= {k: float(v[place]) for k, v in drawn.pairs._asdict().items()}
         rows.append(row)
@@ -210,6 +311,7 @@ def metrics(round_: Round, drawn: Drawn) -> dict[str, float]:
             values = getattr(drawn.pairs, name)
             row[f"selection/{name}_selected"] = float(values[selected].mean())
             row[f"selection/{name}_pool"] = float(values.mean())
+    row |= {f"selection/{k}": float(v) for k, v in round_.rule.items() if np.ndim(v) == 0}
     for k, (competence, share) in enumerate(zip(round_.competence_K, drawn.share_K, strict=True)):
         row[f"curriculum/competence_{k}"] = float(competence)
         row[f"curriculum/share_{k}"] = float(share)

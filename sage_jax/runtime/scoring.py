@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sage_jax import config, curriculum, scores, selection
+from sage_jax import config, curriculum, rules, scores, selection
 from sage_jax.data import encode, records
 from sage_jax.generate import pairs as pair_makers
 from sage_jax.report import progress, writers
@@ -23,12 +23,13 @@ def score(run: config.Run, workdir: pathlib.Path) -> int:
     stood in the source.
 
     Raises:
-        ValueError: a selector that needs no scores, or a result that is already there.
+        ValueError: a rule that ranks nothing, or a result that is already there.
     """
-    if not config.needs_scores(run):
+    rule = rules.resolve(run.selection.name)
+    if rule.rank is rules.random:
+        ranking = ", ".join(name for name, r in rules.RULES.items() if r.rank is not rules.random)
         raise ValueError(
-            f"config.selection.name={run.selection.name!r} does not score. Use one of "
-            f"{', '.join(sorted(selection.NEEDS_SCORES))}."
+            f"config.selection.name={run.selection.name!r} does not score. Use one of {ranking}."
         )
     if run.selection.stability == "rounds":
         raise ValueError(
@@ -45,6 +46,18 @@ def score(run: config.Run, workdir: pathlib.Path) -> int:
             "config.selection.margin='reward' compares with a reference. Give "
             "config.reference.path, or use 'likelihood'."
         )
+    if rule.needs_reference and config.needs_scores(run) and not run.reference.path:
+        raise ValueError(
+            f"config.selection.name={run.selection.name!r} reads reward margins, which compare "
+            f"with a reference. Give config.reference.path, or use another rule."
+        )
+    for key in ("refresh", "scoring_dtype", "scoring_tokens"):
+        if getattr(run.selection, key) != getattr(config.Selection, key):
+            raise ValueError(
+                f"config.selection.{key}={getattr(run.selection, key)!r} is about the passes "
+                f"between the rounds of a training, and this mode scores every pair once. Leave it "
+                f"at {getattr(config.Selection, key)!r}."
+            )
     for name in ("scores.jsonl", "selected.jsonl"):
         if (workdir / name).exists():
             raise ValueError(f"{workdir / name} exists. Name another --workdir.")
@@ -52,12 +65,14 @@ def score(run: config.Run, workdir: pathlib.Path) -> int:
     tokenizer = setup.load_tokenizer(run)
     pairs = setup.load_pairs(run, tokenizer, run.data.train)
     setup.check_sides(pairs, "data.train")
+    rounds.rule_column(run, pairs)
     policy = setup.load_policy(run, mesh, tokenizer)
     other = setup.load_reference(run, policy, mesh)
     passes = forward.Passes(policy, mesh, setup.row_shape(run, pairs.lengths_N2, mesh))
     stats = forward.stored_stats(run, policy, passes, pairs, "scoring")
     ref = forward.reference_logps(run, policy, passes, pairs, stats, other)
-    found = jax.device_get(setup.make_score_fn(run, setup.make_loss(run))(stats, ref))
+    loss = setup.make_loss(run)
+    found = jax.device_get(setup.make_score_fn(run, loss)(stats, ref))
 
     memory = curriculum.remember(
         curriculum.init_memory(len(pairs)), np.arange(len(pairs)), found, round=0, trained=False
@@ -65,17 +80,21 @@ def score(run: config.Run, workdir: pathlib.Path) -> int:
     hard_N = rounds.difficulty(pairs, memory, run.curriculum.difficulty)
     stratum_N = curriculum.stratify(hard_N, run.curriculum.strata)
     rng = np.random.default_rng(np.random.SeedSequence([run.seed, 0, 1]))
+    index_N = np.arange(len(pairs))
+    priority_N = rounds.rank(
+        index_N, found, memory, None, run=run, loss=loss, pairs=pairs, rng=rng
+    ).priority_P
     chosen = selection.select_pool(
-        selection.resolve(run.selection.name)(found, rng),
+        priority_N,
         stratum_N,
-        np.arange(len(pairs)),
+        index_N,
         keep=run.selection.keep,
-        uniform_share=run.selection.uniform_share if run.selection.name != "random" else 0.0,
+        uniform_share=run.selection.uniform_share,
         rng=rng,
         reward_margin_P=found.reward_margin if run.selection.noise_quantile else None,
         noise_quantile=run.selection.noise_quantile,
     )
-    _write(workdir, run, pairs, stats, found, stratum_N, chosen)
+    _write(workdir, run, pairs, stats, found, stratum_N, priority_N, chosen)
     return 0
 
 
@@ -96,7 +115,7 @@ def _raw_rows(run: config.Run) -> list[Any]:
 
 
 def _write(workdir, run, pairs: encode.EncodedPairs, stats, found: scores.PairScores, stratum_N,
-           chosen: selection.Selection) -> None:  # fmt: skip
+           priority_N: np.ndarray, chosen: selection.Selection) -> None:  # fmt: skip
     workdir.mkdir(parents=True, exist_ok=True)
     raw = _raw_rows(run)
     rows, kept = [], []
@@ -106,6 +125,7 @@ def _write(workdir, run, pairs: encode.EncodedPairs, stats, found: scores.PairSc
             "stratum": int(stratum_N[i]),
             "selected": bool(chosen.selected_P[i]),
             "why": str(chosen.reason_P[i]),
+            "priority": float(priority_N[i]) if np.isfinite(priority_N[i]) else None,
             "chosen_logps": float(stats.logps[i, 0]),
             "rejected_logps": float(stats.logps[i, 1]),
             "chosen_tokens": int(stats.tokens[i, 0]),

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from sage_jax import config, optim, step
+from sage_jax import config, optim, rules, step
 from sage_jax.runtime import mesh as meshes
 
 
@@ -18,19 +18,31 @@ def make_optimizer(run: config.Run):
     return optim.make(**settings, steps=run.train.steps)
 
 
-def state_shardings(tx, params: Any, mesh: jax.sharding.Mesh) -> step.TrainState:
+def beta_alpha(run: config.Run) -> float | None:
+    """How far beta follows the batches, where the selection rule adapts it."""
+    return rules.resolve(run.selection.name).beta_alpha
+
+
+def init_state(run: config.Run, params: Any, tx) -> step.TrainState:
+    """The state of a run before its first step."""
+    return step.init_state(params, tx, adaptive_beta=beta_alpha(run) is not None)
+
+
+def state_shardings(run: config.Run, tx, params: Any, mesh: jax.sharding.Mesh) -> step.TrainState:
     """Where the train state lives: moments beside their weights."""
     placed = meshes.shardings(params, mesh)
     whole: Any = meshes.replicated(mesh)
-    return step.TrainState(whole, placed, meshes.state_shardings(tx, params, mesh))
+    moments = meshes.state_shardings(tx, params, mesh)
+    beta = () if beta_alpha(run) is None else step.BetaState(whole)
+    return step.TrainState(whole, placed, moments, beta)
 
 
 def abstract_state(run: config.Run, params: Any, mesh: jax.sharding.Mesh) -> step.TrainState:
     """Shapes and shardings of the train state of a run, to restore a checkpoint by."""
     tx, _ = make_optimizer(run)
-    shapes = jax.eval_shape(lambda p: step.init_state(p, tx), params)
+    shapes = jax.eval_shape(lambda p: init_state(run, p, tx), params)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
-        state_shardings(tx, params, mesh),
+        state_shardings(run, tx, params, mesh),
     )

@@ -19,6 +19,8 @@ from sage_jax.runtime import (
     forward,
     interrupt,
     loop,
+    resample,
+    resample_plan,
     rounds,
     setup,
     summary,
@@ -59,6 +61,7 @@ class _Parts(NamedTuple):
     pairs: encode.EncodedPairs
     held_out: encode.EncodedPairs | None
     problems: evaluation.Held | None
+    asked: resample_plan.Problems | None  # what new pairs are sampled for
 
 
 def _load(run: config.Run, mesh: jax.sharding.Mesh, mode: str) -> _Parts:
@@ -71,9 +74,15 @@ def _load(run: config.Run, mesh: jax.sharding.Mesh, mode: str) -> _Parts:
         setup.check_sides(held_out, "data.eval")
     if run.curriculum.difficulty not in ("auto", "margin"):
         rounds.difficulty(pairs, None, run.curriculum.difficulty)
+    rounds.rule_column(run, pairs)
     problems = evaluation.held_out(run, tokenizer, pairs)
+    asked = None
+    if run.rounds.resample:
+        resample_plan.settled(run, pairs)
+        asked = resample_plan.load_problems(run, tokenizer, problems, held_out)
     policy = setup.load_policy(run, mesh, tokenizer)
-    return _Parts(policy, setup.load_reference(run, policy, mesh), pairs, held_out, problems)
+    other = setup.load_reference(run, policy, mesh)
+    return _Parts(policy, other, pairs, held_out, problems, asked)
 
 
 def fit(run: config.Run, workdir: pathlib.Path, mode: str) -> int:
@@ -93,6 +102,9 @@ def fit(run: config.Run, workdir: pathlib.Path, mode: str) -> int:
     lengths = pairs.lengths_N2
     if held_out is not None:
         lengths = np.concatenate([lengths, held_out.lengths_N2])
+    if parts.asked is not None:
+        run = resample_plan.settled(run, pairs)
+        lengths = resample_plan.planned(run, policy.tokenizer, pairs, parts.asked, lengths)
     passes = forward.Passes(policy, mesh, setup.row_shape(run, lengths, mesh))
     evaluator = evaluation.Evaluator(
         run, policy, parts.problems, passes, held_out, parts.other, aside=True
@@ -101,9 +113,13 @@ def fit(run: config.Run, workdir: pathlib.Path, mode: str) -> int:
     if mode == "train":
         start = forward.stored_stats(run, policy, passes, pairs, "reference")
     reference = forward.reference_logps(run, policy, passes, pairs, start, parts.other)
+    resampler = None
+    if parts.asked is not None:
+        longest = int(lengths.sum(axis=1).max())
+        resampler = resample.Resampler(run, policy, passes, parts.other, parts.asked, longest)
     shared: dict[str, Any] = {
         "policy": policy, "passes": passes, "pairs": pairs, "start": start,
-        "reference": reference, "evaluate": evaluator, "began": started,
+        "reference": reference, "evaluate": evaluator, "began": started, "resampler": resampler,
     }  # fmt: skip
     with interrupt.stop_signal() as stopped:
         label = run.selection.name if mode == "train" else mode
@@ -136,16 +152,24 @@ def fit(run: config.Run, workdir: pathlib.Path, mode: str) -> int:
 
 
 def uniform_twin(run: config.Run, outcome: loop.Outcome, flops_N: np.ndarray) -> config.Run:
-    """The settings of plain DPO that spends the FLOPs that a run has spent, scoring counted."""
-    spent = outcome.counters.flops_training + outcome.counters.flops_scoring
+    """The settings of plain DPO that spends the FLOPs that a run has spent, scoring counted.
+
+    Where the run sampled new pairs, so does its twin, in rounds of as many steps.
+    """
     per_step = 3.0 * run.train.batch_pairs * float(flops_N.mean())
+    steps = max(1, round(outcome.counters.flops / per_step))
+    if run.rounds.resample:
+        pool = resample_plan.twin_pool(run, len(flops_N))
+        run = config.replace(run, **{"curriculum.pool_size": pool})
+        steps = resample_plan.twin_steps(run, outcome.rows, outcome.counters, per_step)
     return config.replace(
         run,
         **{
             "selection.name": "uniform",
+            "selection.column": "",
             "selection.soft": 0.0,
             "curriculum.sharpness": 0.0,
-            "train.steps": max(1, round(spent / per_step)),
+            "train.steps": steps,
         },
     )
 
@@ -168,6 +192,10 @@ def _describe(run: config.Run, parts: _Parts, workdir: pathlib.Path) -> None:
         if held.seen:
             text += f", without {held.seen} that are in the training data"
         lines.append(("held out", text))
+    if parts.asked is not None:
+        every, source = run.rounds.resample, config.sample_source(run)
+        text = f"every {every} rounds, from {run.sample.count} problems of {source}"
+        lines.append(("new pairs", f"{text}, {run.sample.per_problem} answers each"))
     lines.append(("devices", f"{jax.device_count()} {jax.devices()[0].platform}"))
     lines.append(("workdir", str(workdir)))
     print("\n".join(f"{name:11}{text}" for name, text in lines), flush=True)

@@ -29,7 +29,7 @@ from sage_jax.runtime import modes
 
 METHODS = {  # name -> settings besides those of configs/quickstart.py
     "sage": {},
-    "sage_fresh": {"selection.scoring": "fresh"},
+    "sage_fresh": {"selection.refresh": 1.0},
     "uniform": {"selection.name": "uniform", "curriculum.sharpness": 0.0},
     "random": {"selection.name": "random", "curriculum.sharpness": 0.0},
     "gradient": {"selection.name": "gradient", "selection.uniform_share": 0.0,

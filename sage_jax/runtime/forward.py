@@ -1,19 +1,19 @@
-"""Forward passes over a whole data set: the reference, fresh scores, held-out pairs."""
+"""Forward passes over pairs: the reference, held-out pairs, and the scores of a drawn pool."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from sage_jax import config, logprobs, step
+from sage_jax import config, curriculum, logprobs, losses, scores, step
 from sage_jax.data import encode, pack, pipeline
 from sage_jax.report import progress
+from sage_jax.runtime import counters, reference, rounds, setup
 from sage_jax.runtime import mesh as meshes
-from sage_jax.runtime import reference, setup
 
 
 class Passes:
@@ -26,9 +26,16 @@ class Passes:
         self._jit = functools.partial(
             jax.jit, in_shardings=(placed, None, rows), out_shardings=whole
         )
-        self._plain = self._jit(step.make_stats_step(policy.logps_fn()))
-        self._normed: Callable[..., Any] | None = None
+        self._cast = jax.jit(cast_matrices, static_argnames="dtype", out_shardings=placed)
         self._policy = policy
+        self._programs: dict[tuple[bool, bool, str], Any] = {}
+
+    def _program(self, logit_norm: bool, light: bool, dtype: str) -> Any:
+        key = logit_norm, light, dtype
+        if key not in self._programs:
+            fn = self._policy.logps_fn(logit_norm=logit_norm, light=light, dtype=dtype)
+            self._programs[key] = self._jit(step.make_stats_step(fn))
+        return self._programs[key]
 
     def stats(
         self,
@@ -37,13 +44,26 @@ class Passes:
         index_P: np.ndarray,
         *,
         logit_norm: bool = False,
+        light: bool = False,
+        dtype: str = "",
         bar: progress.Progress | None = None,
     ) -> logprobs.SequenceStats:
-        """Sums over the completions of some pairs, float32 [P, 2] in the order of `index_P`."""
-        if logit_norm and self._normed is None:
-            self._normed = self._jit(step.make_stats_step(self._policy.logps_fn(logit_norm=True)))
-        run = self._normed if logit_norm else self._plain
-        assert run is not None
+        """Sums over the completions of some pairs.
+
+        Args:
+            params: the weights.
+            pairs: the data set.
+            index_P: int, which of its pairs.
+            logit_norm, light: see `logprobs.make_logps_fn`.
+            dtype: of the matmuls; "" is the model's. The weights are cast once for the whole pass.
+            bar: shows how far the pass is.
+
+        Returns:
+            float32 [P, 2], in the order of `index_P`.
+        """
+        run = self._program(logit_norm, light, dtype)
+        if dtype:
+            params = self._cast(params, dtype=dtype)
         shape = self.shape
         plan = pack.plan(
             pairs.lengths_N2, index_P, row_length=shape.row_length, rows=shape.rows,
@@ -64,6 +84,102 @@ class Passes:
             if bar is not None:
                 bar.update(int(real.sum()))
         return out
+
+
+def cast_matrices(params: Any, dtype: str) -> Any:
+    """Weights in the dtype of the matmuls; the scales of norms stay, as the model reads them."""
+
+    def one(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        return leaf if "norm" in meshes.leaf_name(path) else leaf.astype(jnp.dtype(dtype))
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+class Scored(NamedTuple):
+    """What is known of a pool, and what it took to know it."""
+
+    pairs: scores.PairScores  # of the pool
+    memory: curriculum.Memory  # with the margins that were computed
+    flops: float  # 0: nothing was computed
+
+
+class Scorer:
+    """Scores drawn pools by the settings of a run: from the memory, a forward pass, or both."""
+
+    def __init__(
+        self,
+        run: config.Run,
+        policy: setup.Policy,
+        passes: Passes,
+        pairs: encode.EncodedPairs,
+        reference_N2: np.ndarray,
+        loss: losses.Loss,
+    ):
+        self.run, self.loss, self.reference_N2 = run, loss, reference_N2
+        self.passes, self.pairs = passes, pairs
+        self.score_fn = setup.make_score_fn(run, loss)
+        if run.selection.scoring_tokens:
+            self.pairs = setup.first_tokens(pairs, run.selection.scoring_tokens)
+            shape = setup.row_shape(run, self.pairs.lengths_N2, passes.mesh)
+            self.passes = Passes(policy, passes.mesh, shape)
+        self.whole_N = (self.pairs.lengths_N2 == pairs.lengths_N2).all(axis=1)
+        self.flops_N = counters.pair_flops(policy.model, self.pairs, light=True)
+
+    def __call__(
+        self,
+        params: Any,
+        memory: curriculum.Memory,
+        index_P: np.ndarray,
+        *,
+        number: int,
+        moved: bool = True,
+    ) -> Scored:
+        """Scores a pool.
+
+        Args:
+            params: the weights now.
+            memory: what is remembered of every pair.
+            index_P: int, the pairs of the pool.
+            number: of the round.
+            moved: whether the weights have changed since the memory was filled. Before the first
+                step what is remembered is exact, and nothing is computed.
+        """
+        chosen = self.run.selection
+        share = chosen.refresh if moved else 0.0
+        place = rounds.stalest(memory.last_round[index_P], share, seed=self.run.seed, number=number)
+        if not len(place):
+            return Scored(self._remembered(memory, index_P), memory, 0.0)
+        index = index_P[place]
+        stats = self.passes.stats(
+            params, self.pairs, index,
+            logit_norm=chosen.stability == "logit_norm", light=True, dtype=chosen.scoring_dtype,
+        )  # fmt: skip
+        found = jax.device_get(self.score_fn(stats, self.reference_N2[index]))
+        whole = self.whole_N[index]
+        memory = curriculum.remember(
+            memory, index[whole], scores.PairScores(*(x[whole] for x in found)), round=number
+        )
+        pairs = self._remembered(memory, index_P)
+        if not whole.all():
+            pairs = self._capped(pairs, found, place, whole)
+        return Scored(pairs, memory, float(self.flops_N[index].sum()))
+
+    def _remembered(self, memory: curriculum.Memory, index_P: np.ndarray) -> scores.PairScores:
+        return rounds.remembered_scores(memory, index_P, self.loss, self.run)
+
+    def _capped(
+        self, known: scores.PairScores, found: scores.PairScores, place: np.ndarray, whole: Any
+    ) -> scores.PairScores:
+        """Ranks cut pairs by the part that was read; their reward margins stay the remembered ones.
+
+        A margin of the first tokens is another quantity than that of the whole completions, which
+        the memory holds and which the reference's log-probs belong to: it serves this round only.
+        """
+        margin, error = np.array(known.likelihood_margin), np.array(known.margin_error)
+        margin[place[~whole]] = found.likelihood_margin[~whole]
+        error[place[~whole]] = found.margin_error[~whole]
+        rescore = rounds.make_rescore_fn(self.run, self.loss)
+        return jax.device_get(rescore(known.reward_margin, margin, error))
 
 
 def stored_stats(

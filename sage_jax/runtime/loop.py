@@ -23,7 +23,7 @@ import numpy as np
 from sage_jax import config, curriculum, logprobs, scores, selection, step
 from sage_jax.data import encode, pipeline
 from sage_jax.report import progress, writers
-from sage_jax.runtime import checkpoint, counters, forward, resample, rounds, setup, state
+from sage_jax.runtime import checkpoint, counters, displacement, forward, resample, rounds, setup, state
 from sage_jax.runtime import mesh as meshes
 
 Evaluate = Callable[[Any], dict[str, float]]
@@ -36,6 +36,7 @@ class Outcome(NamedTuple):
     counters: counters.Counters
     finished: bool
     rows: list[dict[str, Any]]  # of metrics.jsonl
+    warnings: tuple[str, ...]  # of the displacement guard
     earlier: float  # seconds of the commands before this one, when it resumed
 
 
@@ -65,9 +66,14 @@ class Trainer:
         evaluate: Evaluate,
         label: str,
         began: float | None = None,
+        spent: counters.Counters | None = None,
         resampler: resample.Resampler | None = None,
     ):
-        """Makes the first state; `began` is the perf_counter at the command's start."""
+        """Makes the first state.
+
+        Of what is not obvious: `began` is the perf_counter at the command's start, `spent` holds
+        what the reference pass cost.
+        """
         self.began = time.perf_counter() if began is None else began
         self.earlier = 0.0
         self.run, self.workdir, self.label = run, workdir, label
@@ -84,7 +90,11 @@ class Trainer:
         self.memory = self._first_memory()
         self.round: rounds.Round | None = None
         self.round_metrics: dict[str, float] = {}
-        self.counters = counters.Counters()
+        self.spent = counters.Counters() if spent is None else spent
+        self.counters = dataclasses.replace(self.spent)
+        self.guard = displacement.Guard()
+        self.say: Callable[[str], None] = print
+        self.compiled = False
         self.note: dict[str, str] = {}  # behind the progress
         self.pending: Pending | None = None
         self.clock = time.perf_counter()
@@ -119,10 +129,18 @@ class Trainer:
         )
         self.train_step = jax.jit(
             train_step,
-            in_shardings=(placed, None, meshes.batch_sharding(mesh)),
+            in_shardings=(placed, None, meshes.batch_sharding(mesh), *(None for _ in self._nll())),
             out_shardings=(placed, meshes.replicated(mesh)),
             donate_argnums=0,
         )
+
+    def _nll(self) -> tuple[np.float32, ...]:
+        """The weight of the NLL term in the step to come, where it may change."""
+        loss = self.run.loss
+        if not loss.nll_auto:
+            return ()
+        on = self.guard.nll_on(self.counters.step)
+        return (np.float32(loss.nll_auto if on else loss.nll_weight),)
 
     def _first_memory(self) -> curriculum.Memory:
         """The pass over the starting policy has already scored every pair."""
@@ -223,6 +241,7 @@ class Trainer:
             "counters": dataclasses.asdict(self.counters),
             "round": self.round.number if self.round else -1,
             "round_metrics": self.round_metrics,
+            "guard": self.guard._asdict(),
             "resampled": [entry._asdict() for entry in self.resampled],
         }
         if self.resampled:
@@ -260,6 +279,8 @@ class Trainer:
                 number=meta["round"], rule=parts["rule"], **parts["round"]
             )
         self.counters = counters.Counters(**meta["counters"])
+        self.counters.add_reference(self.spent)
+        self.guard = displacement.restore(meta["guard"])
         self.earlier = self.counters.seconds
         self.round_metrics = meta["round_metrics"]
 
@@ -278,6 +299,8 @@ class Trainer:
                 f"{found['grad_norm']}. Nothing of this step was saved. Lower config.optim.lr="
                 f"{self.run.optim.lr:g}, or check the pairs of this step in selection/."
             )
+        found = self._watch(pending.step, found)
+        clock = self.counters.clock()  # like the whole row: before this step
         # From the end of one step to that of the next; evaluation and drawing set the clock anew.
         seconds, self.clock = time.perf_counter() - self.clock, time.perf_counter()
         self.counters.seconds_training += seconds
@@ -286,6 +309,7 @@ class Trainer:
         self.writer.write(
             pending.row
             | found
+            | clock
             | {
                 "num_tokens": self.counters.tokens,
                 **counters.speed(tokens, pending.flops, seconds, self.peak_flops),
@@ -301,8 +325,23 @@ class Trainer:
                 self.memory, pending.pair_RS[real], values, round=self.round.number, trained=True
             )
 
+    def _watch(self, number: int, found: dict[str, float]) -> dict[str, float]:
+        """Tells the guard of a step; without a reference there is no displacement."""
+        if self.run.loss.name == "sft":
+            return {k: v for k, v in found.items() if not k.startswith("displacement/")}
+        self._tell(displacement.watch(self.guard, number, found, self.run))
+        return found | {"displacement/chosen_mean": self.guard.chosen_mean}
+
+    def _tell(self, guard: displacement.Guard) -> None:
+        """Takes the guard's next state, and says what is new in it."""
+        for text in guard.warnings[len(self.guard.warnings) :]:
+            self.say(f"Warning ({self.label}). {text}")
+        self.guard = guard
+
     def _evaluated(self) -> dict[str, float]:
         found = self.evaluate(self.state.params)
+        step_now = self.counters.step
+        self._tell(displacement.watch_evaluation(self.guard, step_now, found, self.run))
         if "eval_accuracy" in found:
             self.note["accuracy"] = f"{found['eval_accuracy']:.3f}"
         return found
@@ -325,6 +364,7 @@ class Trainer:
                 self.writer,
                 progress.Progress(steps, self.label, "steps", start=self.counters.step) as bar,
             ):
+                self.say = bar.say
                 while self.counters.step < steps and not stopped():
                     if self.round is None or self.counters.position == len(self.round.pair_KRS):
                         self._flush()
@@ -339,11 +379,11 @@ class Trainer:
                 finished = self.counters.step == steps
                 if finished:
                     row = self.counters.row(len(self.pairs)) | self._evaluated()
-                    self.writer.write(row)
+                    self.writer.write(row | self.counters.clock())
                     bar.update(0, self._notes())
                 self._save(checkpoints)
         rows = writers.read_rows(self.workdir / "metrics.jsonl")
-        return Outcome(self.state.params, self.counters, finished, rows, self.earlier)
+        return Outcome(self.state.params, self.counters, finished, rows, self.guard.warnings, self.earlier)
 
     def _train_round(self, bar, checkpoints, stopped) -> None:
         assert self.round is not None
@@ -365,7 +405,11 @@ class Trainer:
                     self._flush()
                     row |= self._evaluated()
                     self.clock = time.perf_counter()
-                self.state, output = self.train_step(self.state, None, meshes.put(rows, mesh))
+                nll = self._nll()
+                if nll:
+                    row["loss/nll_weight"] = float(nll[0])
+                self.state, output = self.train_step(self.state, None, meshes.put(rows, mesh), *nll)
+                self._compiled()
                 self._flush()  # the step before, while this one runs
                 flops = self.counters.count(rows, self.flops_N)
                 row["perf/padding_fraction"] = float((rows.segment_RT == 0).mean())
@@ -377,6 +421,13 @@ class Trainer:
                     self._save(checkpoints)
                 if stopped():
                     return
+
+    def _compiled(self) -> None:
+        """The first call compiles before it returns; that is no time on the device."""
+        if not self.compiled:
+            now = time.perf_counter()
+            self.counters.seconds_compiling += now - self.clock
+            self.compiled, self.clock = True, now
 
     def _notes(self) -> str:
         return ", ".join(f"{name} {value}" for name, value in self.note.items())

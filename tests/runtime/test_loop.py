@@ -175,16 +175,6 @@ def train(job, workdir, run):
     return trainer, trainer.train(lambda: False)
 
 
-def test_fresh_scores_are_those_of_a_pass_over_the_pool_and_are_counted(job, tmp_path):
-    run = small_run(**{"selection.scoring": "fresh", "train.steps": 3})
-    trainer, outcome = train(job, tmp_path / "run", run)
-    pool = trainer.round.pool_P
-    assert outcome.counters.flops_scoring == pytest.approx(trainer.flops_N[pool].sum())
-    # One round of 24 pairs at 3 forward units each, after 48 at 1: two parts of five.
-    share = outcome.counters.flops_scoring / outcome.counters.flops_training
-    assert share == pytest.approx(48 / (3 * 24), rel=0.2)
-
-
 def test_uniform_keeps_no_scores_and_visits_every_pair_once_an_epoch(job, tmp_path):
     run = small_run(**{"selection.name": "uniform", "train.steps": 12})
     trainer, _ = train(job, tmp_path / "run", run)
@@ -212,7 +202,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(job, tmp_pat
 
 @pytest.mark.slow
 def test_the_twin_spends_the_flops_of_the_run(job, tmp_path):
-    run = small_run(**{"selection.scoring": "fresh", "train.steps": 9})
+    run = small_run(**{"selection.refresh": 1.0, "train.steps": 9})
     trainer, outcome = train(job, tmp_path / "run", run)
     twin = training.uniform_twin(run, outcome, trainer.flops_N)
     _, other = train(job, tmp_path / "twin", twin)

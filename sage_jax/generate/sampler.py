@@ -255,7 +255,7 @@ def generate(
     done, batch = 0, min(batch, total)
     for padded, members in plan_batches([len(ids[q // samples]) for q in range(total)], batch):
         filled = members + [members[-1]] * (batch - len(members))
-        tokens_BT, valid_BT = _left_pad([ids[q // samples] for q in filled], padded)
+        tokens_BT, valid_BT = left_pad([ids[q // samples] for q in filled], padded)
         result = jax.device_get(run(params, tokens_BT, valid_BT, keys[np.asarray(filled)]))
         for row, q in enumerate(members):
             length, finished = int(result.length_B[row]), bool(result.finished_B[row])
@@ -278,7 +278,12 @@ def _sequence_keys(seed: int, prompts: int, samples: int) -> jax.Array:
     return key_PK.reshape(prompts * samples)
 
 
-def _left_pad(ids: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
+def left_pad(ids: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts as a sampler takes them: int32 tokens [B, length], and where they are valid.
+
+    >>> left_pad([[5], [6, 7]], 2)[0].tolist()
+    [[0, 5], [6, 7]]
+    """
     tokens_BT = np.zeros((len(ids), length), np.int32)
     valid_BT = np.zeros((len(ids), length), bool)
     for row, prompt in enumerate(ids):

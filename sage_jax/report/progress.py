@@ -82,6 +82,15 @@ class Progress:
         if self.done < self.total and pause >= _PAUSE and enough and waited:
             self._say()
 
+    def say(self, text: str) -> None:
+        """Prints a line of its own, above the bar where there is one; such as a warning."""
+        if not writers.first_process():
+            return
+        if self._bar is not None:
+            self._bar.write(text, file=self._stream)
+        else:
+            print(text, file=self._stream, flush=True)
+
     def close(self) -> None:
         """Ends the bar, or prints the last line."""
         if self._bar is not None:

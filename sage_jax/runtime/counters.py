@@ -33,17 +33,34 @@ class Counters:
     position: int = 0  # steps done in the current round
     pairs: int = 0
     tokens: int = 0
+    pairs_reference: int = 0  # that the reference was asked about; the others were stored
+    flops_reference: float = 0.0  # what every method needs before its first step
+    flops_sampling: float = 0.0  # of new pairs: answers, and the reference's pass over them
     flops_scoring: float = 0.0
     flops_training: float = 0.0
-    seconds_drawing: float = 0.0
+    seconds_reference: float = 0.0
+    seconds_compiling: float = 0.0  # of the train step
+    seconds_drawing: float = 0.0  # of the host: draw, select, plan the rows
+    seconds_sampling: float = 0.0
     seconds_scoring: float = 0.0
     seconds_training: float = 0.0
     seconds: float = 0.0  # of the commands that led to this checkpoint
 
     @property
     def flops(self) -> float:
-        """All of them, scoring counted."""
-        return self.flops_scoring + self.flops_training
+        """All of them, sampling and scoring counted."""
+        return self.flops_sampling + self.flops_scoring + self.flops_training
+
+    @property
+    def device_seconds(self) -> float:
+        """Of sampling, scoring and training; without evaluation and compilation."""
+        return self.seconds_sampling + self.seconds_scoring + self.seconds_training
+
+    def add_reference(self, other: Counters) -> None:
+        """Adds what other passes than those counted here spent on the reference."""
+        self.pairs_reference += other.pairs_reference
+        self.flops_reference += other.flops_reference
+        self.seconds_reference += other.seconds_reference
 
     @property
     def scoring_seconds_fraction(self) -> float:
@@ -68,7 +85,19 @@ class Counters:
             "epoch": self.pairs / pairs,
             "pairs": self.pairs,
             "flops": self.flops,
+            **({"flops_sampling": self.flops_sampling} if self.flops_sampling else {}),
+            "flops_scoring": self.flops_scoring,
+            "flops_training": self.flops_training,
         }
+
+    def clock(self) -> dict[str, float]:
+        """`perf/seconds*` of everything up to now, cumulative like the FLOPs of a row."""
+        row = {"perf/seconds": self.device_seconds}
+        if self.seconds_sampling:
+            row["perf/seconds_sampling"] = self.seconds_sampling
+        for name in ("drawing", "scoring", "training"):
+            row[f"perf/seconds_{name}"] = getattr(self, f"seconds_{name}")
+        return row
 
 
 def pair_flops(

@@ -101,7 +101,7 @@ def held_out(run: config.Run, tokenizer: Any, trained: encode.EncodedPairs | Non
     settings = run.eval
     if not settings.problems:
         return None
-    known = set() if trained is None else _prompts(trained)
+    known = set() if trained is None else prompt_ids(trained)
     kept: list[problem.Problem] = []
     seen = 0
     for turn in range(_TURNS if settings.problems.startswith("task:") else 1):
@@ -129,7 +129,8 @@ def held_out(run: config.Run, tokenizer: Any, trained: encode.EncodedPairs | Non
     return Held(kept, check, seen)
 
 
-def _prompts(pairs: encode.EncodedPairs) -> set[bytes]:
+def prompt_ids(pairs: encode.EncodedPairs) -> set[bytes]:
+    """The prompts of a data set, each as the bytes of its token ids (int32)."""
     found = set()
     for i in range(len(pairs)):
         ids, start = pairs.sequence(i, 0)
@@ -148,6 +149,7 @@ class Evaluator:
         pairs: held-out pairs.
         other: the reference, when it is not the policy.
         aside: inside a training that has its own progress.
+        divergence: more of what parameters give, the `eval_kl*` of `divergence.Divergence`.
     """
 
     def __init__(
@@ -159,9 +161,10 @@ class Evaluator:
         pairs: encode.EncodedPairs | None = None,
         other: setup.Policy | None = None,
         aside: bool = False,
+        divergence: Callable[[Any], dict[str, float]] | None = None,
     ):
         self.run, self.policy, self.passes, self.pairs = run, policy, passes, pairs
-        self.held, self.aside = held, aside
+        self.held, self.aside, self.divergence = held, aside, divergence
         self.reference = None
         if pairs is not None and passes is not None:
             start = forward.stored_stats(run, policy, passes, pairs, "held-out pairs")
@@ -182,6 +185,8 @@ class Evaluator:
             row |= {f"eval_accuracy_level_{k}": a.mean for k, a in found.by_level.items()}
         if self.pairs is not None:
             row |= self.preferences(params)
+        if self.divergence is not None:
+            row |= self.divergence(params)
         return row
 
     def greedy(self, params: Any, held: Held) -> evaluate.GreedyResult:

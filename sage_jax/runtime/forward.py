@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from typing import Any, NamedTuple
 
 import jax
@@ -188,11 +189,13 @@ def stored_stats(
     passes: Passes,
     pairs: encode.EncodedPairs,
     label: str,
+    spent: counters.Counters | None = None,
 ) -> logprobs.SequenceStats:
     """What a model says of every pair: from the store where it is known, else computed and kept.
 
     For the reference this is its log-probs; for the policy that training starts from, it fills the
-    memory, so that the first selection costs no pass of its own. Mostly the two are one.
+    memory, so that the first selection costs no pass of its own. Mostly the two are one. What had
+    to be computed is added to `spent`, compilation and the check of stored values with it.
     """
     logit_norm = run.selection.stability == "logit_norm"
     store = reference.Store(setup.cache_directory(run.reference.store, "reference"))
@@ -201,8 +204,14 @@ def stored_stats(
 
     def compute(index: np.ndarray) -> logprobs.SequenceStats:
         few = len(index) <= run.reference.spot_check  # the check of what is stored
+        began = time.perf_counter()
         with progress.Progress(len(index), label, "pairs", aside=few) as bar:
-            return passes.stats(policy.params, pairs, index, logit_norm=logit_norm, bar=bar)
+            found = passes.stats(policy.params, pairs, index, logit_norm=logit_norm, bar=bar)
+        if spent is not None:
+            spent.pairs_reference += len(index)
+            spent.flops_reference += float(counters.pair_flops(policy.model, pairs)[index].sum())
+            spent.seconds_reference += time.perf_counter() - began
+        return found
 
     return reference.fill(
         store, space, pairs.digest_N16, compute, spot_check=run.reference.spot_check
@@ -216,6 +225,7 @@ def reference_logps(
     pairs: encode.EncodedPairs,
     start: logprobs.SequenceStats | None,
     other: setup.Policy | None,
+    spent: counters.Counters | None = None,
 ) -> np.ndarray:
     """Reference log-probs, float32 [N, 2]: of `other`, else of the starting policy.
 
@@ -227,7 +237,7 @@ def reference_logps(
     logps = np.asarray(start.logps)
     if other is not None:
         theirs = Passes(other, passes.mesh, passes.shape)
-        logps = np.asarray(stored_stats(run, other, theirs, pairs, "reference").logps)
+        logps = np.asarray(stored_stats(run, other, theirs, pairs, "reference", spent).logps)
     if pairs.ref_logps_N2 is not None:
         logps = np.where(np.isfinite(pairs.ref_logps_N2), pairs.ref_logps_N2, logps)
     return logps

@@ -23,7 +23,16 @@ import numpy as np
 from sage_jax import config, curriculum, logprobs, scores, selection, step
 from sage_jax.data import encode, pipeline
 from sage_jax.report import progress, writers
-from sage_jax.runtime import checkpoint, counters, displacement, forward, resample, rounds, setup, state
+from sage_jax.runtime import (
+    checkpoint,
+    counters,
+    displacement,
+    forward,
+    resample,
+    rounds,
+    setup,
+    state,
+)  # fmt: skip
 from sage_jax.runtime import mesh as meshes
 
 Evaluate = Callable[[Any], dict[str, float]]
@@ -127,9 +136,10 @@ class Trainer:
             accumulate=run.train.accumulate,
             beta_alpha=state.beta_alpha(run),
         )
+        nll = (None,) if run.loss.nll_auto else ()  # its weight, see _nll
         self.train_step = jax.jit(
             train_step,
-            in_shardings=(placed, None, meshes.batch_sharding(mesh), *(None for _ in self._nll())),
+            in_shardings=(placed, None, meshes.batch_sharding(mesh), *nll),
             out_shardings=(placed, meshes.replicated(mesh)),
             donate_argnums=0,
         )
@@ -383,7 +393,9 @@ class Trainer:
                     bar.update(0, self._notes())
                 self._save(checkpoints)
         rows = writers.read_rows(self.workdir / "metrics.jsonl")
-        return Outcome(self.state.params, self.counters, finished, rows, self.guard.warnings, self.earlier)
+        return Outcome(
+            self.state.params, self.counters, finished, rows, self.guard.warnings, self.earlier
+        )
 
     def _train_round(self, bar, checkpoints, stopped) -> None:
         assert self.round is not None

@@ -38,7 +38,7 @@ def test_greedy_equals_a_naive_loop_of_full_forwards(model, params, tokenizer, n
     # An end token that greedy decoding does reach, so that both ways of stopping are seen.
     end = naive_greedy(ids[0], 6, None)[0][3]
     sample = sampler.make_sampler(model, max_new_tokens=10, eos_id=end, temperature=0)
-    tokens_BT, valid_BT = sampler._left_pad(ids, 16)
+    tokens_BT, valid_BT = sampler.left_pad(ids, 16)
     found = jit(sample)(params, tokens_BT, valid_BT, jax.random.split(jax.random.key(0), len(ids)))
     finished = []
     for row, prompt in enumerate(ids):
@@ -54,7 +54,7 @@ def test_nothing_follows_the_end_token(model, params, tokenizer, naive_greedy):
     ids = [prompting.encode_prompt(tokenizer, prompt) for prompt in PROMPTS]
     end = naive_greedy(ids[0], 6, None)[0][1]
     sample = sampler.make_sampler(model, max_new_tokens=10, eos_id=[end, 2], temperature=0)
-    tokens_BT, valid_BT = sampler._left_pad(ids, 16)
+    tokens_BT, valid_BT = sampler.left_pad(ids, 16)
     keys = jax.random.split(jax.random.key(0), len(ids))
     found = jax.jit(sample)(params, tokens_BT, valid_BT, keys)
     length = int(found.length_B[0])
@@ -75,7 +75,7 @@ def test_the_loop_ends_when_all_sequences_have_ended(model, params):
             jax.debug.callback(lambda: calls.append(1))
             return model.decode(params, token_B, position_B, valid_BC, cache, slot)
 
-    tokens_BT, valid_BT = sampler._left_pad([[5, 6], [7, 8]], 8)
+    tokens_BT, valid_BT = sampler.left_pad([[5, 6], [7, 8]], 8)
     keys = jax.random.split(jax.random.key(0), 2)
     every = list(range(model.spec.vocab))
     sample = sampler.make_sampler(Counting(), max_new_tokens=6, eos_id=every)
@@ -112,7 +112,7 @@ def test_token_frequencies_follow_the_tempered_softmax(temperature):
 def test_the_models_tokens_follow_its_tempered_nucleus(model, params, tokenizer):
     count, ids = 3000, prompting.encode_prompt(tokenizer, "7+5=")
     sample = sampler.make_sampler(model, max_new_tokens=1, eos_id=2, temperature=1.5, top_p=0.6)
-    tokens_BT, valid_BT = sampler._left_pad([ids] * count, 8)
+    tokens_BT, valid_BT = sampler.left_pad([ids] * count, 8)
     keys = jax.random.split(jax.random.key(3), count)
     found = jax.jit(sample)(params, tokens_BT, valid_BT, keys)
     expected_V = _softmax(model.logits(params, jnp.asarray([ids]))[0, -1] / 1.5)

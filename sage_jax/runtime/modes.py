@@ -21,6 +21,11 @@ def train(run: config.Run, workdir: pathlib.Path | None) -> int:
 
 def sft(run: config.Run, workdir: pathlib.Path | None) -> int:
     """Supervised fine-tuning: the same step and loop, with the loss of single answers."""
+    if run.rounds.resample:
+        raise ValueError(
+            f"config.rounds.resample={run.rounds.resample} makes pairs, and `sage-jax sft` trains "
+            f"on single answers. Set it to 0, or use the mode train."
+        )
     run = config.replace(
         run, **{"loss.name": "sft", "selection.name": "uniform", "curriculum.sharpness": 0.0,
                 "compare.uniform": False},
@@ -35,20 +40,7 @@ def sample(run: config.Run, workdir: pathlib.Path | None) -> int:
     if out.exists():
         raise ValueError(f"{out} exists. Name another --workdir; nothing was overwritten.")
     settings = run.sample
-    source = settings.problems or run.eval.problems
-    if not source:
-        raise ValueError("config.sample.problems is empty. Give 'task:NAME' or a .jsonl file.")
-    if not settings.problems and not source.startswith("task:"):
-        raise ValueError(
-            "config.sample.problems is empty, and the file config.eval.problems is for evaluation. "
-            "Give problems to make training pairs of: 'task:NAME' or another .jsonl file."
-        )
-    if settings.per_problem < 2 or settings.temperature == 0:
-        raise ValueError(
-            f"config.sample.per_problem={settings.per_problem}, config.sample.temperature="
-            f"{settings.temperature:g}: a pair needs two different answers. Sample at least 2, at "
-            f"a temperature above 0."
-        )
+    source = config.sample_source(run)
     problems, check, name = evaluation.load_problems(
         source, settings.count, split="train", seed=run.seed, verifier=run.eval.verify
     )

@@ -1,0 +1,326 @@
+"""Iterated alignment: every few rounds new pairs from the policy in training (online DPO).
+
+At such a round boundary the policy samples answers to training problems; they are verified, made
+into pairs, written to `WORKDIR/resampled/round_00004.jsonl` and merged into the data set, with the
+log-probs of the reference and, in the memory, the margins of the policy as it is now.
+
+A resampling is a function of the weights, the seed and its number. A checkpoint names the files
+that its data set is made of, by digest: a resumed run reads them back, and samples anew, with the
+same outcome, what came after the checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from sage_jax import config, curriculum, losses, rules, step
+from sage_jax.data import encode, records
+from sage_jax.generate import pairs as pair_makers
+from sage_jax.report import progress, writers
+from sage_jax.runtime import counters, forward, resample_plan, setup
+
+
+class Data(NamedTuple):
+    """A data set and what is known of each of its pairs, in one order."""
+
+    pairs: encode.EncodedPairs
+    reference: np.ndarray  # float32 [N, 2], nats
+    memory: curriculum.Memory
+    rule: dict[str, np.ndarray]  # state of the selection rule; names in _N have one entry a pair
+
+
+class Entry(NamedTuple):
+    """A resampling as a checkpoint names it."""
+
+    round: int  # the round that it came before
+    digest: str  # of the file
+
+
+class Grown(NamedTuple):
+    """A data set after a resampling, what happened, and what it cost."""
+
+    data: Data
+    entry: Entry
+    metrics: dict[str, float]
+    flops_sampling: float  # answers, and the reference's pass over the new pairs
+    flops_scoring: float
+    seconds_sampling: float
+    seconds_scoring: float
+
+
+class StoppedError(Exception):
+    """The run was told to stop while it sampled."""
+
+
+# -- merging ----------------------------------------------------------------------------------
+
+
+class Merged(NamedTuple):
+    """A data set with new pairs behind the old ones, and who is in it."""
+
+    pairs: encode.EncodedPairs
+    stays: np.ndarray  # int64, indices of the old pairs that stay
+    joins: np.ndarray  # int64, indices of the new pairs that join
+    duplicates: int
+    too_long: int
+
+
+def merge(
+    old: encode.EncodedPairs,
+    new: encode.EncodedPairs,
+    *,
+    capacity: int,
+    replace: str,
+    least: int,
+) -> Merged:
+    """Old and new pairs as one data set; a function of its arguments alone.
+
+    Args:
+        old: the data set, oldest pairs first.
+        new: the pairs to merge.
+        capacity: tokens of the longest pair that fits into a row; longer ones are left out.
+        replace: "none": all old pairs stay; "oldest": as many of the oldest leave as new ones
+            join; "all": all leave.
+        least: pairs that the data set has to have; so many of the newest old ones stay.
+
+    Returns:
+        The merged data set. A new pair with the digest of another in it counts as a duplicate.
+    """
+    fits = new.lengths_N2.sum(axis=1) <= capacity
+    known = set() if replace == "all" else {d.tobytes() for d in old.digest_N16}
+    joins, duplicates = [], 0
+    for i in np.flatnonzero(fits):
+        digest = new.digest_N16[i].tobytes()
+        duplicates += digest in known
+        if digest not in known:
+            joins.append(i)
+            known.add(digest)
+    leaving = {"none": 0, "oldest": len(joins), "all": len(old) if joins else 0}[replace]
+    leaving = max(0, min(leaving, len(old), len(old) + len(joins) - least))
+    stays, index = np.arange(leaving, len(old)), np.array(joins, np.int64)
+    merged = encode.concatenate(encode.take(old, stays), encode.take(new, index))
+    return Merged(merged, stays, index, duplicates, int((~fits).sum()))
+
+
+class Resampler:
+    """Owner of what a resampling needs; a run and its twin share it.
+
+    Args:
+        run: the settings.
+        policy: the model that training starts from; its tokenizer encodes the pairs.
+        passes: forward passes with the run's rows.
+        other: the reference, when it is not the policy that training starts from.
+        problems: from `resample_plan.load_problems`.
+        capacity: tokens of the longest pair that fits into a row.
+    """
+
+    def __init__(
+        self,
+        run: config.Run,
+        policy: setup.Policy,
+        passes: forward.Passes,
+        other: setup.Policy | None,
+        problems: resample_plan.Problems,
+        capacity: int,
+    ):
+        self.policy, self.passes, self.problems, self.capacity = policy, passes, problems, capacity
+        self.reference = other or policy
+        self.reference_passes = (
+            passes if other is None else forward.Passes(other, passes.mesh, passes.shape)
+        )
+        self.least = -int(-run.train.batch_pairs // config.kept_share(run))
+
+    def grow(
+        self,
+        run: config.Run,
+        workdir: pathlib.Path,
+        number: int,
+        params: Any,
+        data: Data,
+        *,
+        loss: losses.Loss,
+        score_fn: step.ScoreFn,
+        stopped: Callable[[], bool],
+    ) -> Grown:
+        """Samples pairs before round `number`, writes them to their file and merges them.
+
+        Args:
+            run: the settings of the run or of its twin.
+            workdir: its directory.
+            number: of the round to come, a multiple of config.rounds.resample.
+            params: the policy's weights now.
+            data: the data set so far.
+            loss, score_fn: of the run.
+            stopped: whether to give up.
+
+        Returns:
+            The data set with the new pairs, and what it took.
+
+        Raises:
+            StoppedError: `stopped()` came true; nothing has changed.
+        """
+        start = time.perf_counter()
+        rows, tally = self._sample(run, number // run.rounds.resample, params, stopped)
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        if writers.first_process():
+            writers.write_text(path(workdir, number), text)
+        merged = self._merge(run, data.pairs, text, number)
+        new = encode.take(merged.pairs, np.arange(len(merged.stays), len(merged.pairs)))
+        reference = np.zeros((0, 2), np.float32)
+        if len(new):
+            stats = forward.stored_stats(
+                run, self.reference, self.reference_passes, new, "reference"
+            )
+            reference = np.asarray(stats.logps)
+        flops = self.policy.model.forward_flops(tally.tokens, tally.attended, tally.new_tokens)
+        flops += float(counters.pair_flops(self.reference.model, new).sum())
+        sampled = time.perf_counter()
+        memory = curriculum.grow(curriculum.recall(data.memory, merged.stays), len(new))
+        flops_scoring = 0.0
+        # Plain DPO looks at no margin: it neither ranks nor leans towards strata.
+        if len(new) and not (run.selection.name == "uniform" and run.curriculum.sharpness == 0):
+            memory = self._remember(run, memory, params, new, reference, score_fn, number)
+            flops_scoring = float(counters.pair_flops(self.policy.model, new, light=True).sum())
+        rule = _grown_rule(run, loss, data.rule, memory, merged.stays)
+        reference = np.concatenate([data.reference[merged.stays], reference])
+        return Grown(
+            Data(merged.pairs, reference, memory, rule),
+            Entry(number, digest(text)),
+            _metrics(tally, merged, len(rows), len(data.pairs)),
+            flops,
+            flops_scoring,
+            sampled - start,
+            time.perf_counter() - sampled,
+        )
+
+    def replay(
+        self,
+        run: config.Run,
+        workdir: pathlib.Path,
+        pairs: encode.EncodedPairs,
+        entries: list[Entry],
+    ) -> encode.EncodedPairs:
+        """The data set of a checkpoint, from the files of its resamplings.
+
+        Raises:
+            ValueError: a file is missing, or not what it was.
+        """
+        for entry in entries:
+            file = path(workdir, entry.round)
+            text = file.read_text(encoding="utf-8") if file.is_file() else None
+            if text is None or digest(text) != entry.digest:
+                raise ValueError(
+                    f"{file} is {'missing' if text is None else 'not what it was'}: the checkpoint "
+                    f"of this run was trained on the pairs that it held. Put the file back, or "
+                    f"start in another --workdir."
+                )
+            pairs = self._merge(run, pairs, text, entry.round).pairs
+        return pairs
+
+    def _sample(self, run, number, params, stopped) -> tuple[list[dict], pair_makers.Yield]:
+        settings, tokenizer = run.sample, self.policy.tokenizer
+        problems = resample_plan.draw(self.problems, run, tokenizer, number)
+        if not problems:  # a part of the file that is held out
+            return [], pair_makers.make_pairs([], [], check=self.problems.check, task="")[1]
+        total = len({str(p.prompt) for p in problems}) * settings.per_problem
+        with progress.Progress(total, "sampling", "answers", aside=True) as bar:
+
+            def update(done: int, _: int) -> None:
+                bar.update(done - bar.done)
+                if stopped():
+                    raise StoppedError
+
+            return pair_makers.sample_pairs(
+                self.policy.model, params, tokenizer, problems,
+                check=self.problems.check, task=self.problems.task,
+                max_new_tokens=run.eval.max_new_tokens, samples=settings.per_problem,
+                per_problem=settings.pairs_per_problem, temperature=settings.temperature,
+                top_p=settings.top_p, seed=seed(run.seed, number), batch=run.eval.batch,
+                progress=update,
+            )  # fmt: skip
+
+    def _merge(self, run, pairs, text: str, number: int) -> Merged:
+        rows = [json.loads(line) for line in text.split("\n") if line]
+        if not rows:
+            return Merged(pairs, np.arange(len(pairs)), np.zeros(0, np.int64), 0, 0)
+        new = encode.encode(
+            records.read(rows), self.policy.tokenizer, max_length=run.data.max_length
+        )
+        # Relative to the workdir: the logs of a run do not depend on where it lies.
+        name = path("", number).as_posix()
+        new = dataclasses.replace(new, origin=[f"{name}:{i + 1}" for i in new.row_N])
+        return merge(
+            pairs, new, capacity=self.capacity, replace=run.rounds.replace, least=self.least
+        )
+
+    def _remember(self, run, memory, params, new, reference, score_fn, number) -> curriculum.Memory:
+        everything = np.arange(len(new))
+        stats = self.passes.stats(
+            params, new, everything,
+            logit_norm=run.selection.stability == "logit_norm", light=True,
+        )  # fmt: skip
+        found = jax.device_get(score_fn(stats, reference))
+        behind = len(memory.visits) - len(new) + everything
+        return curriculum.remember(memory, behind, found, round=number, trained=False)
+
+
+def _grown_rule(run, loss, state, memory: curriculum.Memory, stays: np.ndarray) -> dict:
+    """The rule's state with what it would have begun with for the new pairs."""
+    per_pair = [name for name in state if name.endswith("_N")]
+    if not per_pair:
+        return state
+    init = rules.resolve(run.selection.name).init
+    assert init is not None
+    new = curriculum.recall(memory, np.arange(len(stays), len(memory.visits)))
+    first = init(rules.candidates(None, new, loss=loss))
+    return state | {
+        name: np.concatenate([state[name][stays], np.asarray(first[name])]) for name in per_pair
+    }
+
+
+def path(workdir: str | pathlib.Path, number: int) -> pathlib.Path:
+    """Where the pairs sampled before a round are written.
+
+    >>> path("runs/a", 4).as_posix()
+    'runs/a/resampled/round_00004.jsonl'
+    """
+    return pathlib.Path(workdir) / "resampled" / f"round_{number:05d}.jsonl"
+
+
+def seed(seed: int, number: int) -> int:
+    """The seed of a resampling's answers: other ones for every run and every resampling.
+
+    >>> seed(0, 1) == seed(0, 1) != seed(0, 2)
+    True
+    """
+    return int(np.random.SeedSequence([seed, number, 3]).generate_state(1)[0] >> 1)
+
+
+def digest(text: str) -> str:
+    """Hash of a file's content."""
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _metrics(tally: pair_makers.Yield, merged: Merged, rows: int, before: int) -> dict[str, float]:
+    joined, stayed = len(merged.joins), len(merged.stays)
+    return {
+        "resample/problems": float(tally.problems),
+        "resample/pass_rate": tally.pass_rate,
+        "resample/no_right": float(tally.no_right),
+        "resample/no_wrong": float(tally.no_wrong),
+        "resample/unfinished": float(tally.unfinished),
+        "resample/pairs": float(joined),
+        "resample/duplicates": float(merged.duplicates),
+        "resample/too_long": float(rows - joined - merged.duplicates),
+        "resample/removed": float(before - stayed),
+        "resample/data": float(len(merged.pairs)),
+    }

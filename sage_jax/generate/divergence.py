@@ -23,9 +23,9 @@ from sage_jax.generate import sampler
 class SampledKL(NamedTuple):
     """Of one sampled completion for each prompt, float32 [B]."""
 
-    kl_B: jax.Array  # sum over its tokens of KL(pi || pi_ref) at that place, nats
-    log_ratio_B: jax.Array  # log pi - log pi_ref of the completion itself, nats
-    tokens_B: jax.Array  # its tokens, the end token counted
+    kl_B: jax.Array | np.ndarray  # sum over its tokens of KL(pi || pi_ref) at that place, nats
+    log_ratio_B: jax.Array | np.ndarray  # log pi - log pi_ref of the completion itself, nats
+    tokens_B: jax.Array | np.ndarray  # its tokens, the end token counted
 
 
 def _of_chunk(hidden, head_DV, ref_hidden, ref_head_DV, targets) -> tuple[jax.Array, jax.Array]:

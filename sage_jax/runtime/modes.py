@@ -28,7 +28,7 @@ def sft(run: config.Run, workdir: pathlib.Path | None) -> int:
         )
     run = config.replace(
         run, **{"loss.name": "sft", "selection.name": "uniform", "curriculum.sharpness": 0.0,
-                "compare.uniform": False},
+                "compare.uniform": False, "compare.random": False, "eval.kl_prompts": 0},
     )  # fmt: skip
     return training.fit(run, training.open_workdir(run, workdir, "sft"), "sft")
 

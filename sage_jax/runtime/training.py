@@ -15,6 +15,7 @@ from sage_jax.data import encode
 from sage_jax.report import writers
 from sage_jax.runtime import (
     counters,
+    divergence,
     evaluation,
     forward,
     interrupt,
@@ -106,13 +107,17 @@ def fit(run: config.Run, workdir: pathlib.Path, mode: str) -> int:
         run = resample_plan.settled(run, pairs)
         lengths = resample_plan.planned(run, policy.tokenizer, pairs, parts.asked, lengths)
     passes = forward.Passes(policy, mesh, setup.row_shape(run, lengths, mesh))
+    moved = None
+    if run.eval.kl_prompts:
+        moved = divergence.Divergence(run, policy, parts.other, pairs)
     evaluator = evaluation.Evaluator(
-        run, policy, parts.problems, passes, held_out, parts.other, aside=True
+        run, policy, parts.problems, passes, held_out, parts.other, aside=True, divergence=moved
     )
     start = None  # supervised training has nothing to compare with or to select by
+    spent = counters.Counters()
     if mode == "train":
-        start = forward.stored_stats(run, policy, passes, pairs, "reference")
-    reference = forward.reference_logps(run, policy, passes, pairs, start, parts.other)
+        start = forward.stored_stats(run, policy, passes, pairs, "reference", spent)
+    reference = forward.reference_logps(run, policy, passes, pairs, start, parts.other, spent)
     resampler = None
     if parts.asked is not None:
         longest = int(lengths.sum(axis=1).max())
@@ -120,29 +125,32 @@ def fit(run: config.Run, workdir: pathlib.Path, mode: str) -> int:
     shared: dict[str, Any] = {
         "policy": policy, "passes": passes, "pairs": pairs, "start": start,
         "reference": reference, "evaluate": evaluator, "began": started, "resampler": resampler,
+        "spent": spent,
     }  # fmt: skip
     with interrupt.stop_signal() as stopped:
         label = run.selection.name if mode == "train" else mode
         outcome = loop.Trainer(run, workdir, **shared, label=label).train(stopped)
-        twin = None
-        if outcome.finished and run.compare.uniform:
-            twin_run = uniform_twin(run, outcome, counters.pair_flops(policy.model, pairs))
-            (workdir / "uniform").mkdir(exist_ok=True)
+        twins: dict[str, loop.Outcome] = {}
+        flops_N = counters.pair_flops(policy.model, pairs)
+        for name in [name for name in TWINS if getattr(run.compare, name)]:
+            if not [outcome, *twins.values()][-1].finished:
+                break
+            (workdir / name).mkdir(exist_ok=True)
             twin = loop.Trainer(
-                twin_run, workdir / "uniform", **shared, label="uniform"
-            ).train(stopped)  # fmt: skip
-    if not outcome.finished or (twin is not None and not twin.finished):
-        at = twin.counters.step if twin is not None else outcome.counters.step
-        print(f"Stopped after step {at}, saved. The same command goes on from there.")
+                twin_run(name, run, outcome, flops_N), workdir / name, **shared, label=name
+            )
+            twins[name] = twin.train(stopped)
+    last = [outcome, *twins.values()][-1]
+    if not last.finished:
+        print(
+            f"Stopped after step {last.counters.step}, saved. The same command goes on from there."
+        )
         return 0
     export(workdir / "export", run, policy, outcome.params)
-    earlier = max(outcome.earlier, twin.earlier if twin is not None else 0.0)
+    earlier = max(o.earlier for o in (outcome, *twins.values()))
     found = summary.make(
-        outcome,
-        twin,
-        earlier + time.perf_counter() - started,
-        run.selection.name if mode == "train" else mode,
-    )
+        outcome, twins, earlier + time.perf_counter() - started, label, len(pairs)
+    )  # fmt: skip
     writers.write_json(workdir / "summary.json", found)
     from sage_jax.report import html
 
@@ -151,27 +159,29 @@ def fit(run: config.Run, workdir: pathlib.Path, mode: str) -> int:
     return 0
 
 
-def uniform_twin(run: config.Run, outcome: loop.Outcome, flops_N: np.ndarray) -> config.Run:
-    """The settings of plain DPO that spends the FLOPs that a run has spent, scoring counted.
+TWINS = ("uniform", "random")  # what a run can be compared with: config.compare
 
-    Where the run sampled new pairs, so does its twin, in rounds of as many steps.
+
+def twin_run(name: str, run: config.Run, outcome: loop.Outcome, flops_N: np.ndarray) -> config.Run:
+    """The settings of a twin that spends the FLOPs that a run has spent, scoring counted.
+
+    `uniform` is plain DPO; `random` draws the same pools and keeps the same share, at random. Where
+    the run sampled new pairs, so does its twin, in rounds of as many steps.
     """
     per_step = 3.0 * run.train.batch_pairs * float(flops_N.mean())
     steps = max(1, round(outcome.counters.flops / per_step))
     if run.rounds.resample:
         pool = resample_plan.twin_pool(run, len(flops_N))
-        run = config.replace(run, **{"curriculum.pool_size": pool})
-        steps = resample_plan.twin_steps(run, outcome.rows, outcome.counters, per_step)
-    return config.replace(
-        run,
-        **{
-            "selection.name": "uniform",
-            "selection.column": "",
-            "selection.soft": 0.0,
-            "curriculum.sharpness": 0.0,
-            "train.steps": steps,
-        },
-    )
+        whole = config.replace(run, **{"curriculum.pool_size": pool})
+        steps = resample_plan.twin_steps(whole, outcome.rows, outcome.counters, per_step)
+        run = whole if name == "uniform" else run
+    changes: dict[str, Any] = {
+        "selection.name": name, "selection.column": "", "selection.soft": 0.0,
+        "selection.refresh": 0.0, "selection.noise_quantile": 0.0, "train.steps": steps,
+    }  # fmt: skip
+    if name == "uniform":
+        changes["curriculum.sharpness"] = 0.0
+    return config.replace(run, **changes)
 
 
 def _describe(run: config.Run, parts: _Parts, workdir: pathlib.Path) -> None:

@@ -204,7 +204,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(job, tmp_pat
 def test_the_twin_spends_the_flops_of_the_run(job, tmp_path):
     run = small_run(**{"selection.refresh": 1.0, "train.steps": 9})
     trainer, outcome = train(job, tmp_path / "run", run)
-    twin = training.uniform_twin(run, outcome, trainer.flops_N)
+    twin = training.twin_run("uniform", run, outcome, trainer.flops_N)
     _, other = train(job, tmp_path / "twin", twin)
     spent = outcome.counters.flops_scoring + outcome.counters.flops_training
     per_step = other.counters.flops_training / other.counters.step

@@ -190,12 +190,15 @@ def stored_stats(
     pairs: encode.EncodedPairs,
     label: str,
     spent: counters.Counters | None = None,
+    *,
+    aside: bool = False,
 ) -> logprobs.SequenceStats:
     """What a model says of every pair: from the store where it is known, else computed and kept.
 
     For the reference this is its log-probs; for the policy that training starts from, it fills the
     memory, so that the first selection costs no pass of its own. Mostly the two are one. What had
-    to be computed is added to `spent`, compilation and the check of stored values with it.
+    to be computed is added to `spent`, compilation and the check of stored values with it. `aside`
+    as in `progress.Progress`.
     """
     logit_norm = run.selection.stability == "logit_norm"
     store = reference.Store(setup.cache_directory(run.reference.store, "reference"))
@@ -203,7 +206,7 @@ def stored_stats(
     space = reference.space(policy.fingerprint, run.model.dtype, logit_norm=logit_norm)
 
     def compute(index: np.ndarray) -> logprobs.SequenceStats:
-        few = len(index) <= run.reference.spot_check  # the check of what is stored
+        few = aside or len(index) <= run.reference.spot_check  # the check of what is stored
         began = time.perf_counter()
         with progress.Progress(len(index), label, "pairs", aside=few) as bar:
             found = passes.stats(policy.params, pairs, index, logit_norm=logit_norm, bar=bar)

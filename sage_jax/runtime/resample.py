@@ -89,11 +89,11 @@ def merge(
         new: the pairs to merge.
         capacity: tokens of the longest pair that fits into a row; longer ones are left out.
         replace: "none": all old pairs stay; "oldest": as many of the oldest leave as new ones
-            join; "all": all leave.
+            join; "all": all leave, if a new one joins.
         least: pairs that the data set has to have; so many of the newest old ones stay.
 
     Returns:
-        The merged data set. A new pair with the digest of another in it counts as a duplicate.
+        The merged data set, without exact duplicates among or of the new pairs.
     """
     fits = new.lengths_N2.sum(axis=1) <= capacity
     known = set() if replace == "all" else {d.tobytes() for d in old.digest_N16}
@@ -104,9 +104,12 @@ def merge(
         if digest not in known:
             joins.append(i)
             known.add(digest)
-    leaving = {"none": 0, "oldest": len(joins), "all": len(old) if joins else 0}[replace]
-    leaving = max(0, min(leaving, len(old), len(old) + len(joins) - least))
-    stays, index = np.arange(leaving, len(old)), np.array(joins, np.int64)
+    stays, index = np.arange(len(old)), np.array(joins, np.int64)
+    if replace == "all":  # a pair that was sampled again counts among the new ones
+        stays = np.array([i for i in stays if old.digest_N16[i].tobytes() not in known], np.int64)
+    if replace != "none" and joins:
+        leaving = len(joins) if replace == "oldest" else len(stays)
+        stays = stays[max(0, min(leaving, len(stays) + len(joins) - least)) :]
     merged = encode.concatenate(encode.take(old, stays), encode.take(new, index))
     return Merged(merged, stays, index, duplicates, int((~fits).sum()))
 
@@ -175,12 +178,7 @@ class Resampler:
             writers.write_text(path(workdir, number), text)
         merged = self._merge(run, data.pairs, text, number)
         new = encode.take(merged.pairs, np.arange(len(merged.stays), len(merged.pairs)))
-        reference = np.zeros((0, 2), np.float32)
-        if len(new):
-            stats = forward.stored_stats(
-                run, self.reference, self.reference_passes, new, "reference"
-            )
-            reference = np.asarray(stats.logps)
+        reference = self._reference_logps(run, new)
         flops = self.policy.model.forward_flops(tally.tokens, tally.attended, tally.new_tokens)
         flops += float(counters.pair_flops(self.reference.model, new).sum())
         sampled = time.perf_counter()

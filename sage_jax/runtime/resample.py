@@ -260,6 +260,14 @@ class Resampler:
             pairs, new, capacity=self.capacity, replace=run.rounds.replace, least=self.least
         )
 
+    def _reference_logps(self, run, new: encode.EncodedPairs) -> np.ndarray:
+        if not len(new):
+            return np.zeros((0, 2), np.float32)
+        stats = forward.stored_stats(
+            run, self.reference, self.reference_passes, new, "reference", aside=True
+        )
+        return np.asarray(stats.logps)
+
     def _remember(self, run, memory, params, new, reference, score_fn, number) -> curriculum.Memory:
         everything = np.arange(len(new))
         stats = self.passes.stats(

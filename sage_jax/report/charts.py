@@ -44,8 +44,20 @@ CHARTS = (  # first match wins; what matches none is shown under its own name at
           "Share of a step's pairs whose chosen answer has the higher reward. It is 0 at step 0 "
           "by definition. Selected pairs are the hard ones, so a selecting run stays lower here "
           "than a uniform one and may still learn more.", True),
+    Chart("Training", "Change against the reference", r"displacement/.*", "nats a token",
+          "What a token of these answers gained (above 0) or lost (below) against the reference. "
+          "DPO only asks for a gap between the two lines: when both fall, the model unlearns the "
+          "chosen answers too. chosen mean is the running mean that the warning goes by. This is "
+          "no KL divergence: the answers are the data's, not the model's."),
+    Chart("Training", "Weight of the added NLL term", r"loss/nll_weight", "",
+          "0 or config.loss.nll_weight while the chosen answers hold, config.loss.nll_auto while "
+          "they do not.", noisy=False),
+    Chart("Training", "Log-probabilities a token", r"logps/(chosen|rejected)_per_token",
+          "nats a token",
+          "How likely the model finds the tokens of the answers; 0 would be certainty. Each step "
+          "sees other pairs: the change against the reference is the better guide."),
     Chart("Training", "Log-probabilities", r"logps/(chosen|rejected)", "nats a completion",
-          "How likely the model finds whole answers; 0 would be certainty."),
+          "The same for whole answers."),
     Chart("Training", "Tokens predicted rightly", r"mean_token_accuracy", "share of tokens",
           "Share of the chosen answers' tokens that are the model's first guess.", True),
     Chart("Training", "Entropy", r"entropy", "nats a token",
@@ -57,6 +69,14 @@ CHARTS = (  # first match wins; what matches none is shown under its own name at
           "Size of the update that a step asks for, before clipping. Spikes point to odd pairs."),
     Chart("Training", "Learning rate", r"learning_rate", "", "The schedule that was set.",
           noisy=False),
+    Chart("Distance from the reference", "KL divergence, a token", r"eval_kl_per_token",
+          "nats a token",
+          "How far what the model writes has moved from the reference, measured on answers that "
+          "it wrote itself, at temperature 1, to prompts of the training data. Estimator: arXiv "
+          "2504.10637."),
+    Chart("Distance from the reference", "KL divergence, an answer", r"eval_kl(_error)?",
+          "nats an answer",
+          "The same for whole answers, with its standard error over the prompts."),
     Chart("Held-out pairs", "Loss on held-out pairs", r"eval_loss", "nats a pair",
           "The loss on pairs that are never trained on. When it turns up while the training loss "
           "falls, the model is memorising."),
@@ -91,14 +111,22 @@ CHARTS = (  # first match wins; what matches none is shown under its own name at
           "Without the first step, which includes compilation."),
     Chart("Speed", "Tokens a second", r"perf/tokens_per_second", "tokens/s",
           "Real tokens, without padding."),
-    Chart("Speed", "Shares of the work", r"perf/(padding_fraction|scoring_fraction|mfu)", "share",
+    Chart("Speed", "Shares of the work",
+          r"perf/(padding_fraction|scoring(_seconds)?_fraction|mfu)", "share",
           "padding_fraction: share of a batch that is empty; scoring_fraction: share of all "
-          "floating-point operations spent on scoring; mfu: share of the hardware's peak.", True),
+          "floating-point operations spent on scoring; scoring_seconds_fraction: of the time; "
+          "mfu: share of the hardware's peak.", True),
+    Chart("Spent so far", "Seconds", r"perf/seconds(_\w+)?", "seconds",
+          "Cumulative. The line without a part's name is the device's time: sampling, scoring and "
+          "training, without evaluation and compilation. drawing is the host's.", noisy=False),
+    Chart("Spent so far", "Floating-point operations", r"flops_\w+", "",
+          "Cumulative, for each part of the work. The reference pass, which every method needs, "
+          "is not among them.", noisy=False),
 )  # fmt: skip
 
 
 def accuracy(runs: dict[str, Rows]) -> str:
-    """Held-out accuracy against steps, pairs and FLOPs, every run in the same charts.
+    """Held-out accuracy against steps, pairs, FLOPs and seconds, every run in the same charts.
 
     Args:
         runs: rows of metrics by the name of the run.
@@ -111,6 +139,7 @@ def accuracy(runs: dict[str, Rows]) -> str:
         ("step", "optimizer steps", "optimizer steps"),
         ("pairs", "pairs trained", "pairs trained"),
         ("flops", "total compute", "floating-point operations, scoring counted"),
+        ("perf/seconds", "device time", "seconds of scoring and training"),
     ):
         lines = []
         for name, rows in runs.items():

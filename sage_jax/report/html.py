@@ -28,6 +28,14 @@ _WHY = {
 }
 
 
+_TWINS = {"uniform": "uniform DPO", "random": "random selection"}
+_SPENT = (  # of summary.json, in the order in which they are shown
+    "pairs_trained", "steps", "flops_sampling", "flops_scoring", "flops_training",
+    "seconds_sampling", "seconds_scoring", "seconds_training", "seconds_drawing",
+    "seconds_compiling",
+)  # fmt: skip
+
+
 _STYLE = """
 :root { color-scheme: light dark }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1180px; margin: 2rem auto; padding: 0 1rem }
@@ -38,13 +46,15 @@ figure { margin: 0 } svg { width: 100%; height: auto }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #8884; vertical-align: top }
 th:first-child, td:first-child, .text td { text-align: left } td.long { white-space: pre-wrap; max-width: 40ch }
+.warning { border-left: 4px solid #c9485b; padding-left: .8rem }
 pre { overflow-x: auto; font-size: .85rem } summary { cursor: pointer }
 """  # noqa: E501
 
 _ACCURACY = (
     "Share of held-out problems that the model solves with greedy decoding; the bands are 95% "
-    "intervals. The charts show the same evaluations against three costs. The last one is the "
-    "fair one: selecting pairs is worth its price if its line lies higher there."
+    "intervals. The charts show the same evaluations against four costs. Total compute is the "
+    "fair one: selecting pairs is worth its price if its line lies higher there. Device time says "
+    "the same of this machine, with everything that ran beside it."
 )
 
 
@@ -53,7 +63,7 @@ def write(workdir: str | os.PathLike[str]) -> pathlib.Path:
 
     Args:
         workdir: with `metrics.jsonl`; and, where they exist, `summary.json`, `config.json`,
-            `selection/` and `uniform/metrics.jsonl` (the twin trained without selection).
+            `selection/` and the `metrics.jsonl` of twins in `uniform/` and `random/`.
 
     Returns:
         The path of `report.html`.
@@ -69,13 +79,16 @@ def write(workdir: str | os.PathLike[str]) -> pathlib.Path:
         )
     config = _read_json(workdir / "config.json")
     runs = {_name(config): rows}
-    twin = writers.read_rows(workdir / "uniform" / "metrics.jsonl")
-    if twin:
-        runs["uniform DPO"] = twin
+    for name, label in _TWINS.items():
+        twin = writers.read_rows(workdir / name / "metrics.jsonl")
+        if twin:
+            runs[label] = twin
+    summary = _read_json(workdir / "summary.json")
     parts = [
         f"<h1>{html.escape(_title(config))}</h1>"
         f'<p class="path">{html.escape(str(workdir.absolute()))}</p>',
-        _headline(_read_json(workdir / "summary.json")),
+        _warnings(summary),
+        _headline(summary, _name(config)),
         _section("Accuracy", charts.accuracy(runs), _ACCURACY),
         *(_section(title, figures) for title, figures in charts.sections(runs).items()),
         _examples(workdir / "selection"),
@@ -107,36 +120,66 @@ def _title(config: dict[str, Any]) -> str:
     return f"{what} of {model}" if model else what
 
 
-def _headline(summary: dict[str, Any]) -> str:
-    """The table of results, and one sentence that says what they mean."""
+def _warnings(summary: dict[str, Any]) -> str:
+    """What was warned of during the run and its twins."""
+    found = ""
+    for key, name in {"warnings": "", **{f"warnings_{k}": v for k, v in _TWINS.items()}}.items():
+        for text in summary[key] if key in summary else ():
+            run = f"{name}: " if name else ""
+            found += f'<p class="warning">{html.escape(run + text)}</p>'
+    return f"<h2>Warnings</h2>{found}" if found else ""
+
+
+def _headline(summary: dict[str, Any], method: str) -> str:
+    """The tables of results and of costs, and what they mean."""
     if not summary:
         return "<p>The run is not finished: there is no summary yet.</p>"
     rows = []
-    for key, label in (("before", "before"), ("after", "after"), ("uniform", "uniform DPO")):
+    for key, label in {"before": "before", "after": "after", **_TWINS}.items():
         if summary.get(f"accuracy_{key}") is None:
             continue
         interval = summary.get(f"accuracy_{key}_interval")
         span = " – ".join(f"{100 * end:.1f}%" for end in interval) if interval else "–"
         rows.append([f"accuracy {label}", f"{100 * summary[f'accuracy_{key}']:.1f}%", span])
     tables = _table(["held-out, greedy decoding", "solved", "95% interval"], rows) if rows else ""
-    if summary.get("accuracy_uniform") is not None:
+    if any(summary.get(f"accuracy_{twin}") is not None for twin in _TWINS):
         tables += (
-            "<p>Uniform DPO trained on randomly drawn pairs with the same total of floating-point "
-            "operations, the scoring of pairs counted. Where intervals overlap, a single run "
-            "does not decide which is better.</p>"
+            "<p>Twins start from the same weights and spend the same total of floating-point "
+            "operations, the scoring of pairs counted: uniform DPO trains on randomly drawn "
+            "pairs, random selection keeps the same share of the same pools, at random. Where "
+            "intervals overlap, a single run does not decide which is better.</p>"
         )
-    names = ("pairs_trained", "steps", "seconds", "flops_scoring", "flops_training")
+    return tables + _costs(summary, method)
+
+
+def _costs(summary: dict[str, Any], method: str) -> str:
+    """What the run and its twins have spent, side by side, and what belongs to none of them."""
+    runs = {"": method, **{f"_{k}": v for k, v in _TWINS.items() if f"steps_{k}" in summary}}
     counts = [
-        [n.replace("_", " ").replace("flops", "FLOPs"), _number(n, summary[n])]
-        for n in names
-        if n in summary
+        [n.replace("_", " ").replace("flops", "FLOPs"), *(_number(n, summary[n + r]) for r in runs)]
+        for n in _SPENT
+        if all(n + r in summary for r in runs)
+        and not (n.endswith("_sampling") and not any(summary[n + r] for r in runs))
     ]
-    return f"{tables}{_table(['spent', ''], counts)}"
+    text = (
+        "" if "seconds" not in summary else f"Whole run: {_number('seconds', summary['seconds'])}. "
+    )
+    if summary.get("pairs_reference"):
+        text += (
+            f"The reference pass, which every method needs, took "
+            f"{_number('flops', summary['flops_reference'])} FLOPs and "
+            f"{summary['seconds_reference']:.1f} s, for {summary['pairs_reference']:,} pairs."
+        )
+    elif "pairs_reference" in summary:
+        text += "The reference's log-probs were known already: they cost nothing."
+    return _table(["spent", *runs.values()], counts) + (f"<p>{text}</p>" if text else "")
 
 
 def _number(name: str, value: float | None) -> str:
     if value is None:
         return "–"
+    if name.startswith("seconds_"):
+        return f"{value:,.1f}"
     if name == "seconds":
         return progress.duration(value)
     return f"{value:.3g}" if name.startswith("flops") else f"{value:,.0f}"

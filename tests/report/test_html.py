@@ -17,7 +17,15 @@ TRL_NAMES = (
 def rows(steps=6, evaluate=True, accuracy=0.4, **extra):
     found = []
     for step in range(steps):
-        row = {"step": step, "pairs": 8 * step, "flops": 1e9 * step, "epoch": 0.1, "num_tokens": 9}
+        row = {
+            "step": step,
+            "pairs": 8 * step,
+            "flops": 1e9 * step,
+            "epoch": 0.1,
+            "num_tokens": 9,
+            "flops_training": 1e9 * step,
+            "perf/seconds": 0.5 * step,
+        }
         row |= dict.fromkeys(TRL_NAMES, 0.5 + 0.01 * step) | extra
         if evaluate:
             row |= {"eval_accuracy": accuracy + 0.01 * step, "eval_accuracy_low": 0.3,
@@ -78,7 +86,11 @@ def full(tmp_path):
     writers.write_json(tmp_path / "summary.json", {
         "accuracy_before": 0.381, "accuracy_after": 0.611, "accuracy_uniform": 0.524,
         "accuracy_after_interval": [0.57, 0.65], "pairs_trained": 7680, "steps": 240,
-        "seconds": 143.0, "flops_scoring": 0.0, "flops_training": 7.2e12,
+        "seconds": 143.0, "flops_scoring": 0.0, "flops_training": 7.2e12, "seconds_training": 90.5,
+        "steps_uniform": 229, "pairs_trained_uniform": 7328, "flops_scoring_uniform": 0.0,
+        "flops_training_uniform": 7.1e12, "seconds_training_uniform": 85.25,
+        "warnings": ["Step 7: chosen < reference."], "warnings_uniform": ["Step 9: far."],
+        "pairs_reference": 4, "flops_reference": 3e9, "seconds_reference": 0.25,
     })  # fmt: skip
     writers.write_json(
         tmp_path / "config.json",
@@ -99,13 +111,16 @@ def test_the_report_shows_results_charts_examples_and_settings(full):
     assert path == full / "report.html"
     page = parse(path.read_text())
     text = " ".join(page.text)
-    words = "38.1% 61.1% 52.4% 7,680 7.2e+12 flipped? round_00003.jsonl".split()
+    words = "38.1% 61.1% 52.4% 7,680 7.2e+12 7.1e+12 90.5 85.2 229 flipped? "
+    words = (words + "round_00003.jsonl").split()
     for word in [*words, "57.0% – 65.0%", "2 min 23 s", "alignment of tiny", "1 < 2 & 3"]:
         assert word in text
     assert "98765432" not in text  # of an earlier round
     expected = [f"Held-out accuracy against {x}" for x in
-                ("optimizer steps", "pairs trained", "total compute")]  # fmt: skip
-    assert titles(page)[:3] == expected
+                ("optimizer steps", "pairs trained", "total compute", "device time")]  # fmt: skip
+    assert titles(page)[:4] == expected
+    assert "Step 7: chosen < reference." in text and "uniform DPO: Step 9: far." in text
+    assert "took 3e+09 FLOPs and 0.2 s, for 4 pairs" in text
     assert {"Loss", "Score: selected against all", "Competence by stratum", "Seconds a step",
             "Accuracy by level"} <= set(titles(page))  # fmt: skip
 

@@ -58,7 +58,8 @@ class Rule:
     Attributes:
         rank: (candidates, rng) -> priorities [P], or `Ranked` where the rule has a state.
         init: the state before the first round, from what is known of all pairs of the data set;
-            None = no state.
+            None = no state. An array of one entry a pair has a name that ends in _N, and grows
+            with the data set.
         needs_scores: whether `Candidates.pairs` has to be filled; if not, nothing is scored.
         needs_reference: whether it reads reward margins, which compare with a reference.
         column: how it uses the data column of selection.column, one of `COLUMN`.

@@ -21,6 +21,6 @@ def get_config():
     c.eval.count, c.eval.every, c.eval.max_new_tokens = 800, 25, 48
     c.eval.batch = 200
     c.rounds.resample = 2
-    c.sample.count, c.sample.per_problem = 512, 8
+    c.sample.count, c.sample.per_problem = 256, 8
     c.checkpoint.every = 50
     return c

@@ -39,7 +39,7 @@ class Counters:
     flops_scoring: float = 0.0
     flops_training: float = 0.0
     seconds_reference: float = 0.0
-    seconds_compiling: float = 0.0  # of the train step
+    seconds_compiling: float = 0.0  # of the train step and the scoring pass
     seconds_drawing: float = 0.0  # of the host: draw, select, plan the rows
     seconds_sampling: float = 0.0
     seconds_scoring: float = 0.0

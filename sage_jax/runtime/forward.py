@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import time
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sage_jax import config, curriculum, logprobs, losses, scores, step
+from sage_jax import batch, config, curriculum, logprobs, losses, scores, step
 from sage_jax.data import encode, pack, pipeline
 from sage_jax.report import progress
 from sage_jax.runtime import counters, reference, rounds, setup
@@ -30,13 +31,19 @@ class Passes:
         self._cast = jax.jit(cast_matrices, static_argnames="dtype", out_shardings=placed)
         self._policy = policy
         self._programs: dict[tuple[bool, bool, str], Any] = {}
+        self.seconds_compiling = 0.0
 
-    def _program(self, logit_norm: bool, light: bool, dtype: str) -> Any:
-        key = logit_norm, light, dtype
-        if key not in self._programs:
-            fn = self._policy.logps_fn(logit_norm=logit_norm, light=light, dtype=dtype)
-            self._programs[key] = self._jit(step.make_stats_step(fn))
-        return self._programs[key]
+    def _run(self, key: tuple[bool, bool, str], params: Any, rows: batch.PackedBatch) -> Any:
+        """Starts a program on some rows; the first call of each compiles before it returns."""
+        rows = meshes.put(rows, self.mesh)
+        if key in self._programs:
+            return self._programs[key](params, None, rows)
+        start, (logit_norm, light, dtype) = time.perf_counter(), key
+        fn = self._policy.logps_fn(logit_norm=logit_norm, light=light, dtype=dtype)
+        self._programs[key] = self._jit(step.make_stats_step(fn))
+        started = self._programs[key](params, None, rows)
+        self.seconds_compiling += time.perf_counter() - start
+        return started
 
     def stats(
         self,
@@ -62,7 +69,6 @@ class Passes:
         Returns:
             float32 [P, 2], in the order of `index_P`.
         """
-        run = self._program(logit_norm, light, dtype)
         if dtype:
             params = self._cast(params, dtype=dtype)
         shape = self.shape
@@ -75,15 +81,23 @@ class Passes:
         out = logprobs.SequenceStats(
             *(np.zeros((len(index_P), 2), np.float32) for _ in logprobs.SequenceStats._fields)
         )
-        batches = pipeline.batches(pairs, plan, shape.row_length)
-        for rows in batches:
-            got = jax.device_get(run(params, None, meshes.put(rows, self.mesh)))
-            real = rows.pair_RS >= 0
-            where = place_N[rows.pair_RS[real]]
-            for target, value in zip(out, got, strict=True):
+
+        def take(pair_RS: np.ndarray, found: logprobs.SequenceStats) -> None:
+            real = pair_RS >= 0
+            where = place_N[pair_RS[real]]
+            for target, value in zip(out, jax.device_get(found), strict=True):
                 target[where] = value[real]
             if bar is not None:
                 bar.update(int(real.sum()))
+
+        started: collections.deque = collections.deque()
+        for rows in pipeline.batches(pairs, plan, shape.row_length):
+            found = self._run((logit_norm, light, dtype), params, rows)
+            started.append((np.asarray(rows.pair_RS), found))
+            if len(started) > 1:  # the device is at work while the host takes what came before
+                take(*started.popleft())
+        for one in started:
+            take(*one)
         return out
 
 
@@ -101,7 +115,9 @@ class Scored(NamedTuple):
 
     pairs: scores.PairScores  # of the pool
     memory: curriculum.Memory  # with the margins that were computed
-    flops: float  # 0: nothing was computed
+    flops: float = 0.0  # 0: nothing was computed
+    seconds: float = 0.0  # without compilation
+    seconds_compiling: float = 0.0
 
 
 class Scorer:
@@ -149,7 +165,8 @@ class Scorer:
         share = chosen.refresh if moved else 0.0
         place = rounds.stalest(memory.last_round[index_P], share, seed=self.run.seed, number=number)
         if not len(place):
-            return Scored(self._remembered(memory, index_P), memory, 0.0)
+            return Scored(self._remembered(memory, index_P), memory)
+        start, before = time.perf_counter(), self.passes.seconds_compiling
         index = index_P[place]
         stats = self.passes.stats(
             params, self.pairs, index,
@@ -163,7 +180,14 @@ class Scorer:
         pairs = self._remembered(memory, index_P)
         if not whole.all():
             pairs = self._capped(pairs, found, place, whole)
-        return Scored(pairs, memory, float(self.flops_N[index].sum()))
+        compiling = self.passes.seconds_compiling - before
+        return Scored(
+            pairs,
+            memory,
+            float(self.flops_N[index].sum()),
+            time.perf_counter() - start - compiling,
+            compiling,
+        )
 
     def _remembered(self, memory: curriculum.Memory, index_P: np.ndarray) -> scores.PairScores:
         return rounds.remembered_scores(memory, index_P, self.loss, self.run)

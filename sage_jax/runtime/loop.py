@@ -165,7 +165,6 @@ class Trainer:
     # -- a round ---------------------------------------------------------------------------------
 
     def _score_pool(self, index_P: np.ndarray) -> scores.PairScores:
-        start = time.perf_counter()
         found = self.scorer(
             self.state.params,
             self.memory,
@@ -174,9 +173,9 @@ class Trainer:
             moved=self.counters.step > 0,
         )
         self.memory = found.memory
-        if found.flops:
-            self.counters.flops_scoring += found.flops
-            self.counters.seconds_scoring += time.perf_counter() - start
+        self.counters.flops_scoring += found.flops
+        self.counters.seconds_scoring += found.seconds
+        self.counters.seconds_compiling += found.seconds_compiling
         return found.pairs
 
     def _hold(self, pairs: encode.EncodedPairs, reference: np.ndarray) -> None:
@@ -207,7 +206,8 @@ class Trainer:
         return grown.metrics
 
     def _next_round(self) -> None:
-        start, scored_before = time.perf_counter(), self.counters.seconds_scoring
+        counted, start = self.counters, time.perf_counter()
+        before = counted.seconds_scoring + counted.seconds_compiling
         needs_scores = config.needs_scores(self.run)
         self.round, drawn = rounds.next_round(
             self.round.number + 1 if self.round else 0,
@@ -226,8 +226,8 @@ class Trainer:
         writers.write_selection(
             self.workdir, self.round.number, rounds.log_rows(self.round, drawn, self.pairs.origin)
         )
-        spent = time.perf_counter() - start - (self.counters.seconds_scoring - scored_before)
-        self.counters.seconds_drawing += spent
+        elsewhere = counted.seconds_scoring + counted.seconds_compiling - before
+        counted.seconds_drawing += time.perf_counter() - start - elsewhere
         self.clock = time.perf_counter()
 
     # -- checkpoints -----------------------------------------------------------------------------

@@ -60,7 +60,8 @@ class Rule:
         init: the state before the first round, from what is known of all pairs of the data set;
             None = no state. An array of one entry a pair has a name that ends in _N, and grows
             with the data set.
-        needs_scores: whether `Candidates.pairs` has to be filled; if not, nothing is scored.
+        needs_scores: whether `Candidates.pairs` has to be filled; if not, nothing is scored for it,
+            and the memory's margins are refreshed only where something else needs them.
         needs_reference: whether it reads reward margins, which compare with a reference.
         column: how it uses the data column of selection.column, one of `COLUMN`.
         ordered: train the chosen pairs in order of priority instead of at random.

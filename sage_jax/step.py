@@ -139,7 +139,7 @@ def pair_losses(
     """
     chosen, rejected = losses.rewards(loss, stats.logps, ref_logps, stats.tokens)
     if reward_factor is not None:
-        chosen, rejected = reward_factor * chosen, reward_factor * rejected
+        chosen, rejected = chosen * reward_factor, rejected * reward_factor
     value = loss.value(chosen, rejected)
     if not isinstance(nll_weight, int | float) or nll_weight:
         value = value + nll_weight * losses.nll(stats.logps[..., 0], stats.tokens[..., 0])

@@ -200,7 +200,8 @@ def next_round(
             f"config.train.batch_pairs={run.train.batch_pairs}. Lower it, or raise selection.keep."
         )
     drawn = Drawn(stratum_N[pool_P], scored, chosen, share_K, population_K, priority_P)
-    return Round(number, pool_P, pair_KRS, competence_K, ranked.state if ranked else {}), drawn
+    state = dict(ranked.state) if ranked else {}
+    return Round(number, pool_P, pair_KRS, competence_K, state), drawn
 
 
 def rule_column(run: config.Run, pairs: encode.EncodedPairs) -> np.ndarray | None:

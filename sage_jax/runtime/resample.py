@@ -281,11 +281,10 @@ class Resampler:
 
 def _grown_rule(run, loss, state, memory: curriculum.Memory, stays: np.ndarray) -> dict:
     """The rule's state with what it would have begun with for the new pairs."""
-    per_pair = [name for name in state if name.endswith("_N")]
-    if not per_pair:
-        return state
     init = rules.resolve(run.selection.name).init
-    assert init is not None
+    per_pair = [name for name in state if name.endswith("_N")]
+    if init is None or not per_pair:
+        return state
     new = curriculum.recall(memory, np.arange(len(stays), len(memory.visits)))
     first = init(rules.candidates(None, new, loss=loss))
     return state | {

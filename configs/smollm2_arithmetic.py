@@ -26,6 +26,7 @@ def get_config():
     c.curriculum.pool_size = 128
     c.eval.problems = c.sample.problems = "task:one_digit"
     c.eval.count, c.eval.max_new_tokens, c.eval.batch = 40, 96, 40
+    c.eval.kl_prompts = 8
     c.sample.count, c.sample.per_problem = 200, 6
     c.checkpoint.every = 2
     return c

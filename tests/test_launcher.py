@@ -21,7 +21,7 @@ PAIRS = ROOT / "sage_jax/assets/quickstart/pairs.jsonl"
 SMALL = {
     "train.steps": 2, "train.batch_pairs": 4, "curriculum.pool_size": 16, "data.limit": 40,
     "eval.count": 8, "eval.every": 0, "eval.batch": 8, "eval.max_new_tokens": 24,
-    "checkpoint.every": 1, "compare.uniform": False,
+    "checkpoint.every": 1, "compare.uniform": False, "eval.kl_prompts": 4,
 }  # fmt: skip
 
 

@@ -107,6 +107,23 @@ def test_a_terminal_gets_a_bar_with_rate_and_time_left():
     assert "steps/s" in last
 
 
+@pytest.mark.parametrize("kind", [io.StringIO, Terminal])
+def test_a_warning_is_a_line_of_its_own_and_the_progress_goes_on(kind, monkeypatch):
+    stream = kind()
+    with progress.Progress(10, "sage", "steps", stream=stream) as bar:
+        bar.update(4)
+        bar.say("Step 4: the chosen answers fall.")
+        bar.update(6)
+    # A bar is wiped by \r before the line, and drawn anew behind it.
+    lines = [line.split("\r")[-1] for line in stream.getvalue().split("\n")]
+    assert "Step 4: the chosen answers fall." in lines
+    assert "10/10" in stream.getvalue().split("fall.")[1]
+    monkeypatch.setattr(writers, "first_process", lambda: False)
+    quiet = kind()
+    progress.Progress(10, "sage", "steps", stream=quiet).say("not twice")
+    assert quiet.getvalue() == ""
+
+
 def test_a_terminal_that_does_not_know_its_size_gets_a_bar_too(monkeypatch):
     outer, inner = os.openpty()  # its size is 0 x 0
     with open(inner, "w") as stream:

@@ -39,7 +39,23 @@ def test_a_step_counts_three_forward_passes_of_its_pairs_and_no_padding(model, p
     assert spent.count(rows, flops_N) == 3 * flops_N[1]
     assert spent.row(len(pairs)) == {
         "step": 1, "epoch": 0.5, "pairs": 1, "flops": 7.0 + 3 * flops_N[1],
+        "flops_scoring": 7.0, "flops_training": 3 * flops_N[1],
     }  # fmt: skip
+
+
+def test_sums_are_of_sampling_scoring_and_training_and_leave_out_what_every_method_needs():
+    spent = counters.Counters(
+        flops_reference=1.0, flops_sampling=20.0, flops_scoring=300.0, flops_training=4000.0,
+        seconds_reference=0.1, seconds_compiling=0.2, seconds_drawing=0.3, seconds_sampling=5.0,
+        seconds_scoring=6.0, seconds_training=7.0,
+    )  # fmt: skip
+    assert spent.row(10)["flops"] == 4320.0 and spent.row(10)["flops_sampling"] == 20.0
+    assert spent.clock() == {
+        "perf/seconds": 18.0, "perf/seconds_sampling": 5.0, "perf/seconds_drawing": 0.3,
+        "perf/seconds_scoring": 6.0, "perf/seconds_training": 7.0,
+    }  # fmt: skip
+    spent.add_reference(counters.Counters(flops_reference=2.0, pairs_reference=3, pairs=9))
+    assert (spent.flops_reference, spent.pairs_reference, spent.pairs) == (3.0, 3, 0)
 
 
 def test_utilisation_is_told_only_where_the_peak_is_known(monkeypatch):

@@ -20,7 +20,7 @@ from sage_jax.runtime import forward, loop, rounds, setup, training
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SMALL = {
     "train.steps": 10, "train.batch_pairs": 8, "curriculum.pool_size": 48, "checkpoint.every": 3,
-    "eval.count": 16, "eval.every": 4, "eval.batch": 16, "compare.uniform": False,
+    "eval.count": 16, "eval.every": 4, "eval.batch": 16, "compare.uniform": False, "eval.kl_prompts": 4,
     "data.limit": 200, "loss.beta": 0.5, "loss.nll_weight": 0.0, "optim.lr": 1e-4,
 }  # fmt: skip
 

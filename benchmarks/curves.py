@@ -1,0 +1,166 @@
+"""Learning curves: areas, crossings, paired differences, figures.
+
+A curve is a list of points {"step", "pairs", "flops", "seconds", "accuracy"}, in order. Where
+methods are compared, curves of one key (a seed, or a task and a seed) belong together.
+"""
+
+from __future__ import annotations
+
+import itertools
+import pathlib
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+Point = dict[str, float]
+Curves = Mapping[Hashable, Sequence[Point]]  # by seed
+
+AXES = {
+    "step": "optimizer steps",
+    "pairs": "pairs trained",
+    "flops": "total TFLOPs, scoring counted",
+    "seconds": "device seconds, scoring counted",
+}
+SCALE = {"flops": 1e12}
+
+
+def points(rows: Sequence[Mapping[str, Any]]) -> list[Point]:
+    """The curve in the rows of a metrics.jsonl: those with an evaluation."""
+    keys = {"step": "step", "pairs": "pairs", "flops": "flops", "seconds": "perf/seconds"}
+    return [
+        {k: row.get(v, 0.0) for k, v in keys.items()} | {"accuracy": row["eval_accuracy"]}
+        for row in rows
+        if "eval_accuracy" in row
+    ]
+
+
+def column(curve: Sequence[Point], key: str) -> np.ndarray:
+    return np.array([point[key] for point in curve], float)
+
+
+def area(curve: Sequence[Point], axis: str, upto: float) -> float:
+    """Mean accuracy over an axis, from 0 up to a bound that all methods reach."""
+    grid = np.linspace(0, upto, 401)
+    return float(np.interp(grid, column(curve, axis), column(curve, "accuracy")).mean())
+
+
+def at(curve: Sequence[Point], axis: str, value: float) -> float:
+    """Accuracy at a point of an axis, interpolated."""
+    return float(np.interp(value, column(curve, axis), column(curve, "accuracy")))
+
+
+def first_at(curve: Sequence[Point], axis: str, level: float) -> float | None:
+    """Where a curve first reaches a level, interpolated; None if it does not."""
+    for before, after in itertools.pairwise(curve):
+        if after["accuracy"] >= level:
+            rise = after["accuracy"] - before["accuracy"]
+            part = (level - before["accuracy"]) / rise if rise > 0 else 0.0
+            return before[axis] + max(part, 0.0) * (after[axis] - before[axis])
+    return None
+
+
+def level(curve: Sequence[Point], share: float = 0.95) -> float:
+    """The accuracy at which a share of a curve's best gain is reached."""
+    start = curve[0]["accuracy"]
+    return start + share * (max(p["accuracy"] for p in curve) - start)
+
+
+def mean_error(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, standard error (None for one value) and count."""
+    error = float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
+    return {"mean": float(np.mean(values)), "standard_error": error, "count": len(values)}
+
+
+def compare(method: Curves, uniform: Curves) -> dict[str, Any]:
+    """What a method does against uniform, paired by key.
+
+    Returns:
+        `accuracy_*` and `minus_uniform_*` at the end of the shorter curve and as the mean over each
+        axis, and `*_to_95` / `*_to_best`: what it needs relative to uniform to reach 95 % of
+        uniform's best gain / uniform's best. A curve that never gets there counts with the length
+        of its whole axis, which is a lower bound; `never_*` says how many those are.
+    """
+    found: dict[str, list[float]] = {}
+    never = {"95": 0, "best": 0}
+
+    def note(name: str, value: float) -> None:
+        found.setdefault(name, []).append(value)
+
+    for key, curve in method.items():
+        other = uniform[key]
+        note("accuracy_before", curve[0]["accuracy"])
+        note("accuracy_after", curve[-1]["accuracy"])
+        for axis in ("step", "flops", "seconds"):
+            upto = min(curve[-1][axis], other[-1][axis])
+            if not upto > 0:
+                continue
+            mine, theirs = area(curve, axis, upto), area(other, axis, upto)
+            note(f"accuracy_over_{axis}", mine)
+            note(f"minus_uniform_over_{axis}", mine - theirs)
+            mine, theirs = at(curve, axis, upto), at(other, axis, upto)
+            note(f"accuracy_at_equal_{axis}", mine)
+            note(f"minus_uniform_at_equal_{axis}", mine - theirs)
+            for name, share in (("95", 0.95), ("best", 1.0)):
+                wanted = level(other, share)
+                needs = first_at(other, axis, wanted)
+                reach = first_at(curve, axis, wanted)
+                if needs:
+                    never[name] += reach is None and axis == "step"
+                    reach = curve[-1][axis] if reach is None else reach
+                    note(f"{axis}_to_{name}", reach / needs)
+    return {k: mean_error(v) for k, v in found.items()} | {
+        f"never_{k}": v for k, v in never.items()
+    }
+
+
+def text(value: Mapping[str, Any] | None, digits: int = 3, sign: bool = False) -> str:
+    """`mean ± standard error` for a table; "-" where nothing was measured."""
+    if value is None:
+        return "-"
+    mean = f"{value['mean']:{'+' if sign else ''}.{digits}f}"
+    error = value["standard_error"]
+    return mean if error is None else f"{mean} ± {error:.{digits}f}"
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table for a README."""
+    lines = ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
+    return "\n".join(lines)
+
+
+def plot(
+    panels: Mapping[str, Mapping[str, Curves]],
+    path: str | pathlib.Path,
+    axes: Sequence[str] = ("step", "pairs", "flops", "seconds"),
+) -> None:
+    """Draws mean accuracy with its standard error: a row a panel, a column an axis."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    size = (3.4 * len(axes), 3.1 * len(panels))
+    figure, cells = plt.subplots(
+        len(panels), len(axes), figsize=size, sharey="row", layout="constrained", squeeze=False
+    )
+    for row, (title, methods) in zip(cells, panels.items(), strict=True):
+        for cell, key in zip(row, axes, strict=True):
+            for name, by_key in methods.items():
+                grid = np.linspace(0, min(curve[-1][key] for curve in by_key.values()), 101)
+                each = np.array([
+                    np.interp(grid, column(curve, key), column(curve, "accuracy"))
+                    for curve in by_key.values()
+                ])  # fmt: skip
+                mean, x = each.mean(axis=0), grid / SCALE.get(key, 1.0)
+                (line,) = cell.plot(x, mean, label=name)
+                if len(each) > 1:
+                    error = each.std(axis=0, ddof=1) / np.sqrt(len(each))
+                    cell.fill_between(x, mean - error, mean + error, alpha=0.15,
+                                      color=line.get_color(), linewidth=0)  # fmt: skip
+            cell.set_xlabel(AXES[key])
+            cell.grid(alpha=0.3)
+        row[0].set_ylabel(f"{title}\nheld-out accuracy")
+    cells[0][-1].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,124 @@
+"""What each setting of the selection is worth: one is changed at a time, the rest stays default.
+
+    python benchmarks/selection/ablations.py
+
+Validation seeds and problems (these tables chose the defaults; small.py reports them on others).
+All variants train at the learning rate that validation gave SAGE. Differences to the default and
+to uniform are paired by seed.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import curves
+import lab
+import small
+
+GROUPS: dict[str, dict[str, dict[str, Any]]] = {
+    "keep share": {f"keep {k}": {"selection.keep": k} for k in (0.25, 0.5, 0.75)},
+    "standard errors, κ": {f"κ {k:g}": {"selection.kappa": float(k)} for k in (0, 1, 2, 4, 8)},
+    "damping, δ": {f"δ {d:g}": {"selection.damping": d} for d in (0.01, 0.1, 1.0)},
+    "margin": {
+        "likelihood margin": {},
+        "per token": {"selection.length_normalised": True},
+        "reward margin": {"selection.margin": "reward"},
+    },
+    "stability": {
+        "token error": {},
+        "variance over rounds": {"selection.stability": "rounds"},
+        "logit norm": {"selection.stability": "logit_norm"},
+        "none": {"selection.stability": "none"},
+    },
+    "strata": {
+        "by level": {},
+        "none": {"curriculum.strata": 1},
+        "by pass rate": {"curriculum.difficulty": "pass_rate"},
+        "by margin": {"curriculum.difficulty": "margin"},
+    },
+    "competence": {
+        "on": {},
+        "off": {"curriculum.sharpness": 0.0},
+        "sharper": {"curriculum.sharpness": 2.0},
+    },
+    "uniform share": {f"uniform {u}": {"selection.uniform_share": u} for u in (0.0, 0.25, 0.5, 0.75)},
+    "pool": {f"pool {p}": {"curriculum.pool_size": p} for p in (128, 256, 512, 1024, 0)},
+    "refresh": {f"refresh {r}": {"selection.refresh": r} for r in (0.0, 0.25, 0.5, 1.0)},
+    "soft weights": {"off": {}, "exponent 0.5": {"selection.soft": 0.5}},
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = lab.arguments(__doc__.split("\n")[0], "ablations.json")
+    parser.set_defaults(seeds="100,101,102")
+    parser.add_argument("--groups", default=",".join(GROUPS))
+    args = parser.parse_args()
+    if unknown := set(args.groups.split(",")) - set(GROUPS):
+        parser.error(f"--groups: unknown {unknown}; there are {', '.join(GROUPS)}")
+    rates = json.loads(small.RATES_FILE.read_text())["rates"]
+    seeds, tasks = lab.numbers(args.seeds), args.task.split(",")
+    groups = {name: GROUPS[name] for name in args.groups.split(",")}
+    variants = {"uniform": small.METHODS["uniform"], "default": small.METHODS["sage"]}
+    variants |= {f"{g}/{n}": s for g, group in groups.items() for n, s in group.items()}
+
+    def job(task: str, seed: int, name: str) -> lab.Job:
+        rate = rates[task]["uniform" if name == "uniform" else "sage"]
+        settings = variants[name] | {"train.steps": args.steps, "optim.lr": rate}
+        return lab.job(task, seed, _changed(settings), split="eval")
+
+    jobs = {(t, s, n): job(t, s, n) for t in tasks for s in seeds for n in variants}
+    done = lab.run_all(pathlib.Path(args.scratch), jobs.values(), args.processes)
+    by = {
+        name: {(t, s): done[jobs[t, s, name]]["curve"] for t in tasks for s in seeds}
+        for name in variants
+    }
+    summary = {name: curves.compare(by[name], by["uniform"]) for name in variants}
+    against = {name: curves.compare(by[name], by["default"]) for name in variants}
+    tables = []
+    for group in groups:
+        rows = [_row(name.partition("/")[2], summary[name], against[name]) for name in variants
+                if name.startswith(f"{group}/")]  # fmt: skip
+        tables.append(f"## {group}\n\n" + curves.markdown(_HEADER, rows))
+    whole = [_row(n, summary[n], against[n]) for n in ("uniform", "default")]
+    tables.insert(0, curves.markdown(_HEADER, whole))
+    lab.write(args.out, __doc__.split("\n")[0], tables, {
+        "seeds": seeds, "tasks": tasks, "rates": rates, "default": small.METHODS["sage"],
+        "summary": summary, "against_default": against,
+        "curves": {n: {f"{t}/{s}": c for (t, s), c in each.items()} for n, each in by.items()},
+    })  # fmt: skip
+    print("\n\n".join(tables))
+
+
+_HEADER = ["", "− default, mean over steps", "− uniform, mean over steps",
+           "− uniform, mean over FLOPs", "steps to 95 % of uniform's best gain", "FLOPs for that",
+           "accuracy after"]  # fmt: skip
+
+
+def _row(name: str, uniform: dict[str, Any], default: dict[str, Any]) -> list[str]:
+    never = f" ({uniform['never_95']} never)" if uniform["never_95"] else ""
+    return [
+        name,
+        curves.text(default["minus_uniform_over_step"], sign=True),  # compared with the default
+        curves.text(uniform["minus_uniform_over_step"], sign=True),
+        curves.text(uniform["minus_uniform_over_flops"], sign=True),
+        curves.text(uniform["step_to_95"], 2) + never,
+        curves.text(uniform["flops_to_95"], 2),
+        curves.text(uniform["accuracy_after"]),
+    ]
+
+
+def _changed(settings: dict[str, Any]) -> dict[str, Any]:
+    """Without the settings that are the default's anyway, so that equal runs are one run."""
+    plain = lab.load("quickstart", {})
+    return {
+        key: value
+        for key, value in settings.items()
+        if value != getattr(getattr(plain, key.split(".")[0]), key.split(".")[1])
+        or key == "optim.lr"
+    }
+
+
+if __name__ == "__main__":
+    main()

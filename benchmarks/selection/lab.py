@@ -1,0 +1,261 @@
+"""What the experiments here share: small worlds, runs on every core, and their records.
+
+A *world* is what a seed makes: a teacher with systematic mistakes, a decoder of 0.1 M parameters
+supervised by it, and preference pairs of that decoder's own answers. A *job* is one training run
+in a world, through the launcher's own path. Jobs are kept by their settings under `--scratch`, so
+an experiment that was interrupted goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import pathlib
+import random
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import common  # noqa: E402
+import curves  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results" / "selection"
+TASKS = ("arithmetic", "equations")
+
+# The decoder, its teacher and the pairs, on top of configs/quickstart_base.py.
+BASE: dict[str, Any] = {
+    "model.layers": 2, "model.d_model": 64, "model.d_ff": 192,
+    "train.steps": 800, "train.batch_pairs": 64, "task.count": 51_200,
+    "eval.count": 8,
+}  # fmt: skip
+# A training run, on top of configs/quickstart.py.
+RUN: dict[str, Any] = {
+    "compare.uniform": False, "checkpoint.every": 100_000, "data.packing": False,
+    "eval.count": 400, "eval.every": 20, "eval.batch": 200,
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One training run: where, and with which settings besides those of all."""
+
+    task: str
+    seed: int
+    settings: tuple[tuple[str, Any], ...]  # sorted, so that a job has one key
+    flips: float = 0.0  # share of the pairs whose label is flipped
+    chosen: str = "policy"  # who wrote the chosen answers: the policy, or "exact" worked solutions
+    split: str = "test"
+    model: str = ""  # settings of the world, as JSON, on top of `BASE`
+
+    @property
+    def key(self) -> str:
+        text = json.dumps(dataclasses.astuple(self))
+        return hashlib.blake2b(text.encode(), digest_size=10).hexdigest()
+
+
+def job(task: str, seed: int, settings: dict[str, Any], **more: Any) -> Job:
+    """A `Job` from a dict of settings."""
+    return Job(task, seed, tuple(sorted(settings.items())), **more)
+
+
+def load(name: str, overrides: dict[str, Any]):
+    """A checked run: a config file of the repository with settings changed."""
+    from sage_jax import __main__ as launcher
+    from sage_jax import config
+
+    _, found, _ = launcher.parse(["train", f"--config={ROOT / 'configs' / name}.py"])
+    for key, value in overrides.items():
+        section, _, leaf = key.rpartition(".")
+        target = found[section] if section else found
+        target[leaf] = value
+    return config.resolve(found)
+
+
+def make_world(scratch: pathlib.Path, task: str, seed: int, model: str = "") -> pathlib.Path:
+    """The world of a seed: `base/export` and `pairs.jsonl` in a directory; made once."""
+    from sage_jax.runtime import modes
+
+    changes = BASE | (json.loads(model) if model else {})
+    digest = hashlib.blake2b(json.dumps(changes).encode(), digest_size=4).hexdigest()
+    where = scratch / "worlds" / f"{task.replace(':', '_')}_{seed}_{digest}"
+    if (where / "pairs.jsonl").exists():
+        return where
+    shutil.rmtree(where, ignore_errors=True)
+    named = {f"{k}.problems": f"task:{task}" for k in ("eval", "sample")}
+    settings = changes | named | {"data.train": f"task:{task}", "seed": seed}
+    with _quiet():
+        modes.sft(load("quickstart_base", settings), where / "base")
+        settings["model.path"] = str(where / "base" / "export")
+        modes.sample(load("quickstart_base", settings), where / "sampled")
+    shutil.copy(where / "sampled" / "pairs.jsonl", where / "pairs.partial")
+    (where / "pairs.partial").replace(where / "pairs.jsonl")
+    return where
+
+
+def pairs_file(
+    world: pathlib.Path, seed: int, flips: float, chosen: str, task: str
+) -> pathlib.Path:
+    """The world's pairs, with exact chosen answers or flipped labels if asked for.
+
+    Flipped pairs are marked in the column `flipped`, which no selection reads.
+    """
+    path = world / f"pairs_{chosen}_{flips:g}.jsonl"
+    if path.exists():
+        return path
+    rows = [json.loads(line) for line in (world / "pairs.jsonl").open()]
+    if chosen == "exact":
+        rows = _exact(rows, task, seed)
+    rng = random.Random(f"flips/{seed}")
+    flipped = set(rng.sample(range(len(rows)), round(flips * len(rows))))
+    for i, row in enumerate(rows):
+        row["flipped"] = int(i in flipped)
+        if i in flipped:
+            row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    partial.replace(path)
+    return path
+
+
+def _exact(rows: list[dict[str, Any]], task: str, seed: int) -> list[dict[str, Any]]:
+    """Chosen answers replaced by the task's worked solution of the same problem."""
+    from sage_jax.generate import tasks
+
+    count = load("quickstart_base", BASE).sample.count  # the problems that were sampled from
+    problems = tasks.problems(tasks.resolve(task), count=count, seed=seed, split="train")
+    solution = {problem.prompt: problem.solution for problem in problems}
+    return [row | {"chosen": solution[row["prompt"]]} for row in rows]
+
+
+def run_job(scratch: pathlib.Path, job: Job) -> dict[str, Any]:
+    """Trains one job, or returns what it left before: its curve and what it spent."""
+    from sage_jax.runtime import modes
+
+    record = scratch / "runs" / f"{job.key}.json"
+    if record.exists():
+        return json.loads(record.read_text())
+    world = make_world(scratch, job.task, job.seed, job.model)
+    settings = RUN | {
+        "model.path": str(world / "base" / "export"),
+        "data.train": str(pairs_file(world, job.seed, job.flips, job.chosen, job.task)),
+        "eval.problems": f"task:{job.task}", "eval.split": job.split,
+        "seed": job.seed, "eval.seed": job.seed,
+        "reference.store": str(scratch / "reference"), "data.cache": str(scratch / "encoded"),
+    } | dict(job.settings)  # fmt: skip
+    workdir = scratch / "workdirs" / job.key
+    shutil.rmtree(workdir, ignore_errors=True)
+    start = time.perf_counter()
+    with _quiet():
+        modes.train(load("quickstart", settings), workdir)
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
+    found = {
+        "job": dataclasses.asdict(job),
+        "curve": curves.points(rows),
+        "summary": json.loads((workdir / "summary.json").read_text()),
+        "rewards/margins": [row["rewards/margins"] for row in rows if "rewards/margins" in row],
+        "seconds": time.perf_counter() - start,
+    }
+    record.parent.mkdir(parents=True, exist_ok=True)
+    partial = record.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(found))
+    partial.replace(record)
+    if not any((workdir / "selection").glob("suspects*")):
+        shutil.rmtree(workdir)
+    return found
+
+
+def _quiet():
+    return contextlib.redirect_stdout(io.StringIO())
+
+
+def _start(cores: Any, scratch: str) -> None:
+    """A worker keeps to one core: two runs at once then do not wait for each other's threads."""
+    core = cores.get()
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {core})
+    sys.stderr = open(os.devnull, "w")  # progress of many runs at once
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(scratch) / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def _world_of(args: tuple[pathlib.Path, str, int, str]) -> str:
+    return str(make_world(*args))
+
+
+def _run(args: tuple[pathlib.Path, Job]) -> dict[str, Any]:
+    return run_job(*args)
+
+
+def run_all(scratch: pathlib.Path, jobs: Iterable[Job], processes: int) -> dict[Job, dict]:
+    """Runs jobs side by side, each on a core of its own; worlds first."""
+    jobs = list(dict.fromkeys(jobs))
+    context = multiprocessing.get_context("spawn")
+    cores = context.Queue()
+    usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
+    for i in range(processes):
+        cores.put(usable[i % len(usable)])
+    worlds = list(dict.fromkeys((scratch, j.task, j.seed, j.model) for j in jobs))
+    done: dict[Job, dict] = {}
+    began = time.perf_counter()
+    with context.Pool(processes, _start, (cores, str(scratch))) as pool:
+        for number, _ in enumerate(pool.imap_unordered(_world_of, worlds), 1):
+            _say(f"world {number} of {len(worlds)}", began)
+        found = pool.imap(_run, [(scratch, j) for j in jobs])
+        for number, (j, result) in enumerate(zip(jobs, found, strict=True), 1):
+            done[j] = result
+            last = result["curve"][-1]["accuracy"]
+            _say(f"run {number} of {len(jobs)}: {j.task} seed {j.seed} {last:.3f}", began)
+    return done
+
+
+def _say(text: str, began: float) -> None:
+    print(f"{time.perf_counter() - began:6.0f} s  {text}", file=sys.stderr, flush=True)
+
+
+def arguments(description: str, out: str) -> argparse.ArgumentParser:
+    """The options that every experiment has."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--seeds", default="0,1,2,3,4", help="worlds; 0-4 chose nothing")
+    parser.add_argument("--task", default=",".join(TASKS), help="names, or module:attribute")
+    parser.add_argument("--scratch", default="runs/selection", help="worlds and runs are kept here")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--out", default=str(RESULTS / out))
+    parser.add_argument("--steps", type=int, default=200)
+    return parser
+
+
+def numbers(text: str) -> list[int]:
+    return [int(x) for x in text.split(",")]
+
+
+def setting(change: str) -> tuple[str, Any]:
+    """A `key=value` of the command line; values are JSON, or text."""
+    key, _, value = change.partition("=")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value
+
+
+def write(path: str, question: str, tables: Sequence[str], result: dict[str, Any]) -> None:
+    """JSON and its tables as Markdown, side by side."""
+    common.write(path, {"question": question} | result)
+    about = common.machine()
+    where = (
+        f"{about['cores']} cores of {about['cpu']}, JAX {about['jax']}, commit {about['commit']}"
+    )
+    head = f"# {question}\n\n`{' '.join(['python', *sys.argv])}` on {where}.\n\n"
+    pathlib.Path(path).with_suffix(".md").write_text(head + "\n\n".join(tables) + "\n")

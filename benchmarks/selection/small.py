@@ -1,0 +1,164 @@
+"""Does SAGE need less than uniform DPO, on two tasks and with noisy labels?
+
+    python benchmarks/selection/small.py --choose       # learning rates, on the eval split
+    python benchmarks/selection/small.py                # then once on the test split, fresh seeds
+
+Every method starts from the same decoder and pairs, takes the same number of optimizer steps and
+has the same grid of learning rates. `--choose` picks the rate of each (task, method) by its mean
+accuracy over steps on validation seeds and problems, without label noise, and writes it to
+results/selection/small_rates.json; the main command uses it. Differences are paired by seed.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import curves
+import lab
+
+METHODS: dict[str, dict[str, Any]] = {  # on top of lab.RUN; `sage` is the default configuration
+    "uniform": {"selection.name": "uniform"},
+    "sage": {},
+    "random": {"selection.name": "random", "curriculum.sharpness": 0.0},
+    "gradient": {"selection.name": "gradient", "selection.margin": "reward",
+                 "selection.uniform_share": 0.0, "curriculum.sharpness": 0.0},
+    "max_curvature": {"selection.name": "max_curvature"},
+    "hard_first": {"selection.name": "hard_first"},
+}  # fmt: skip
+RATES = (4e-5, 8e-5, 1.6e-4)
+GUARD = {"selection.guard": "auto"}
+RATES_FILE = lab.RESULTS / "small_rates.json"
+
+
+def jobs_of(args, seeds: list[int], rates: dict[str, dict[str, float]]) -> dict[tuple, lab.Job]:
+    """(condition, task, method, seed) -> job."""
+    found = {}
+    for task in args.task.split(","):
+        for seed in seeds:
+            for condition, methods in conditions(args.methods.split(",")).items():
+                for name, (settings, more) in methods.items():
+                    lr = rates[task][name.removesuffix(" + guard")]
+                    changed = settings | {"train.steps": args.steps, "optim.lr": lr}
+                    found[condition, task, name, seed] = lab.job(task, seed, changed, **more)
+    return found
+
+
+def conditions(methods: list[str]) -> dict[str, dict[str, tuple[dict, dict]]]:
+    """What is compared under which kind of pairs."""
+    plain = {name: (METHODS[name], {}) for name in methods}
+    few = {name: plain[name] for name in ("uniform", "sage") if name in plain}
+    found = {"on-policy": plain, "exact chosen": {n: (s, {"chosen": "exact"}) for n, (s, _) in
+                                                  few.items()}}  # fmt: skip
+    for flips in (0.1, 0.2):
+        noisy = {name: (settings, {"flips": flips}) for name, (settings, _) in few.items()}
+        noisy["sage + guard"] = (METHODS["sage"] | GUARD, {"flips": flips})
+        found[f"{flips:.0%} flipped"] = noisy
+    return found
+
+
+def choose(args) -> None:
+    """The learning rate of each method by its mean accuracy over steps, on validation."""
+    jobs = {
+        (task, name, lr, seed): lab.job(
+            task, seed, METHODS[name] | {"train.steps": args.steps, "optim.lr": lr}, split="eval"
+        )
+        for task in args.task.split(",")
+        for name in args.methods.split(",")
+        for lr in RATES
+        for seed in lab.numbers(args.seeds)
+    }
+    done = lab.run_all(pathlib.Path(args.scratch), jobs.values(), args.processes)
+    rates: dict[str, dict[str, float]] = {}
+    grid: dict[str, dict[str, dict[str, Any]]] = {}
+    for task in args.task.split(","):
+        for name in args.methods.split(","):
+            mean = {}
+            for lr in RATES:
+                each = [done[jobs[task, name, lr, seed]]["curve"] for seed in
+                        lab.numbers(args.seeds)]  # fmt: skip
+                mean[lr] = curves.mean_error([curves.area(c, "step", args.steps) for c in each])
+            rates.setdefault(task, {})[name] = max(mean, key=lambda lr: mean[lr]["mean"])
+            grid.setdefault(task, {})[name] = {f"{lr:g}": value for lr, value in mean.items()}
+    header = ["task", "method", *(f"{lr:g}" for lr in RATES), "chosen"]
+    rows = [
+        [task, name, *(curves.text(grid[task][name][f"{lr:g}"]) for lr in RATES),
+         f"{rates[task][name]:g}"]
+        for task in rates
+        for name in rates[task]
+    ]  # fmt: skip
+    lab.write(
+        str(RATES_FILE), "Mean accuracy over steps by learning rate, on validation",
+        [curves.markdown(header, rows)],
+        {"rates": rates, "grid": grid, "seeds": args.seeds, "steps": args.steps},
+    )  # fmt: skip
+
+
+def table(found: dict[tuple, lab.Job], done: dict[lab.Job, dict], task: str) -> tuple[str, dict]:
+    """One task's table of all conditions, and the numbers behind it."""
+    rows, values = [], {}
+    for condition in dict.fromkeys(key[0] for key in found):
+        cells: dict[str, dict[int, Any]] = {}
+        for (where, of, name, seed), job in found.items():
+            if (where, of) == (condition, task):
+                cells.setdefault(name, {})[seed] = done[job]
+        by = {n: {s: r["curve"] for s, r in runs.items()} for n, runs in cells.items()}
+        for name, runs in cells.items():
+            c = curves.compare(by[name], by["uniform"])
+            spent = [r["summary"] for r in runs.values()]
+            c["scoring_seconds_share"] = curves.mean_error([
+                s["seconds_scoring"] / (s["seconds_scoring"] + s["seconds_training"]) for s in spent
+            ])  # fmt: skip
+            values[f"{condition}/{name}"] = c
+            rows.append([
+                condition, name,
+                curves.text(c["accuracy_after"]),
+                curves.text(c["minus_uniform_over_step"], sign=True),
+                curves.text(c["minus_uniform_at_equal_flops"], sign=True),
+                curves.text(c["minus_uniform_over_flops"], sign=True),
+                curves.text(c["step_to_95"], 2) + (f" ({c['never_95']} never)" * bool(c["never_95"])),
+                curves.text(c["flops_to_95"], 2), curves.text(c["flops_to_best"], 2),
+                f"{100 * c['scoring_seconds_share']['mean']:.0f} %",
+            ])  # fmt: skip
+    header = ["pairs", "method", "accuracy after", "− uniform, mean over steps",
+              "− uniform at equal FLOPs", "− uniform, mean over FLOPs",
+              "steps to 95 % of uniform's best gain", "FLOPs for that",
+              "FLOPs to uniform's best", "device time of scoring"]  # fmt: skip
+    return f"## {task}\n\n" + curves.markdown(header, rows), values
+
+
+def main() -> None:
+    parser = lab.arguments(__doc__.split("\n")[0], "small.json")
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--choose", action="store_true", help="learning rates, on validation")
+    args = parser.parse_args()
+    unknown = set(args.methods.split(",")) - set(METHODS)
+    if unknown or "uniform" not in args.methods.split(","):
+        parser.error(f"--methods: uniform, and any of {', '.join(METHODS)}")
+    if args.choose:
+        if args.seeds == parser.get_default("seeds"):
+            args.seeds = "100,101"
+        return choose(args)
+    rates = json.loads(RATES_FILE.read_text())["rates"]
+    seeds = lab.numbers(args.seeds)
+    jobs = jobs_of(args, seeds, rates)
+    done = lab.run_all(pathlib.Path(args.scratch), jobs.values(), args.processes)
+    tables, values = [], {}
+    for task in args.task.split(","):
+        text, values[task] = table(jobs, done, task)
+        tables.append(text)
+    by_key = {"/".join(map(str, key)): done[job]["curve"] for key, job in jobs.items()}
+    lab.write(args.out, __doc__.split("\n")[0], tables, {
+        "seeds": seeds, "rates": rates, "methods": METHODS, "summary": values, "curves": by_key,
+    })  # fmt: skip
+    panels: dict[str, dict] = {}
+    for (condition, task, name, seed), job in jobs.items():
+        panel = panels.setdefault(f"{task}, {condition}", {})
+        panel.setdefault(name, {})[seed] = done[job]["curve"]
+    curves.plot(panels, pathlib.Path(args.out).with_suffix(".png"), ("step", "flops", "seconds"))
+    print("\n\n".join(tables))
+
+
+if __name__ == "__main__":
+    main()

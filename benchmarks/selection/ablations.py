@@ -43,7 +43,7 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
         "off": {"curriculum.sharpness": 0.0},
         "sharper": {"curriculum.sharpness": 2.0},
     },
-    "uniform share": {f"uniform {u}": {"selection.uniform_share": u} for u in (0.0, 0.25, 0.5, 0.75)},
+    "uniform share": {f"share {u}": {"selection.uniform_share": u} for u in (0.0, 0.25, 0.5)},
     "pool": {f"pool {p}": {"curriculum.pool_size": p} for p in (128, 256, 512, 1024, 0)},
     "refresh": {f"refresh {r}": {"selection.refresh": r} for r in (0.0, 0.25, 0.5, 1.0)},
     "soft weights": {"off": {}, "exponent 0.5": {"selection.soft": 0.5}},

@@ -203,6 +203,8 @@ class Trainer:
         for name in ("flops_sampling", "flops_scoring", "seconds_sampling", "seconds_scoring"):
             spent = getattr(self.counters, name) + getattr(grown, name)
             setattr(self.counters, name, spent)
+        if not grown.metrics["resample/pairs"]:
+            self.say(resample.nothing_new(number, grown.metrics))
         return grown.metrics
 
     def _next_round(self) -> None:

@@ -315,6 +315,21 @@ def digest(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
+def nothing_new(number: int, found: dict[str, float]) -> str:
+    """What a person is told when no pair came of a resampling, from its metrics.
+
+    >>> counts = {"problems": 9, "no_right": 7, "no_wrong": 2, "unfinished": 1, "duplicates": 0}
+    >>> nothing_new(4, {f"resample/{key}": value for key, value in counts.items()})[:53]
+    'Round 4: no new pairs. Of 9 problems 7 had no right a'
+    """
+    what = {key.removeprefix("resample/"): value for key, value in found.items()}
+    return (
+        f"Round {number}: no new pairs. Of {what['problems']:.0f} problems {what['no_right']:.0f} "
+        f"had no right answer and {what['no_wrong']:.0f} no wrong one; {what['unfinished']:.0f} "
+        f"answers were cut, {what['duplicates']:.0f} pairs were known. The data stay as they are."
+    )
+
+
 def _metrics(tally: pair_makers.Yield, merged: Merged, rows: int, before: int) -> dict[str, float]:
     joined, stayed = len(merged.joins), len(merged.stays)
     return {

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 from sage_jax import config, curriculum, losses, rules, step
-from sage_jax.data import encode, records
+from sage_jax.data import encode, merge, records
 from sage_jax.generate import pairs as pair_makers
 from sage_jax.report import progress, writers
 from sage_jax.runtime import counters, forward, resample_plan, setup
@@ -59,59 +59,6 @@ class Grown(NamedTuple):
 
 class StoppedError(Exception):
     """The run was told to stop while it sampled."""
-
-
-# -- merging ----------------------------------------------------------------------------------
-
-
-class Merged(NamedTuple):
-    """A data set with new pairs behind the old ones, and who is in it."""
-
-    pairs: encode.EncodedPairs
-    stays: np.ndarray  # int64, indices of the old pairs that stay
-    joins: np.ndarray  # int64, indices of the new pairs that join
-    duplicates: int
-    too_long: int
-
-
-def merge(
-    old: encode.EncodedPairs,
-    new: encode.EncodedPairs,
-    *,
-    capacity: int,
-    replace: str,
-    least: int,
-) -> Merged:
-    """Old and new pairs as one data set; a function of its arguments alone.
-
-    Args:
-        old: the data set, oldest pairs first.
-        new: the pairs to merge.
-        capacity: tokens of the longest pair that fits into a row; longer ones are left out.
-        replace: "none": all old pairs stay; "oldest": as many of the oldest leave as new ones
-            join; "all": all leave, if a new one joins.
-        least: pairs that the data set has to have; so many of the newest old ones stay.
-
-    Returns:
-        The merged data set, without exact duplicates among or of the new pairs.
-    """
-    fits = new.lengths_N2.sum(axis=1) <= capacity
-    known = set() if replace == "all" else {d.tobytes() for d in old.digest_N16}
-    joins, duplicates = [], 0
-    for i in np.flatnonzero(fits):
-        digest = new.digest_N16[i].tobytes()
-        duplicates += digest in known
-        if digest not in known:
-            joins.append(i)
-            known.add(digest)
-    stays, index = np.arange(len(old)), np.array(joins, np.int64)
-    if replace == "all":  # a pair that was sampled again counts among the new ones
-        stays = np.array([i for i in stays if old.digest_N16[i].tobytes() not in known], np.int64)
-    if replace != "none" and joins:
-        leaving = len(joins) if replace == "oldest" else len(stays)
-        stays = stays[max(0, min(leaving, len(stays) + len(joins) - least)) :]
-    merged = encode.concatenate(encode.take(old, stays), encode.take(new, index))
-    return Merged(merged, stays, index, duplicates, int((~fits).sum()))
 
 
 class Resampler:
@@ -246,17 +193,17 @@ class Resampler:
                 progress=update,
             )  # fmt: skip
 
-    def _merge(self, run, pairs, text: str, number: int) -> Merged:
+    def _merge(self, run, pairs, text: str, number: int) -> merge.Merged:
         rows = [json.loads(line) for line in text.split("\n") if line]
         if not rows:
-            return Merged(pairs, np.arange(len(pairs)), np.zeros(0, np.int64), 0, 0)
+            return merge.Merged(pairs, np.arange(len(pairs)), np.zeros(0, np.int64), 0, 0)
         new = encode.encode(
             records.read(rows), self.policy.tokenizer, max_length=run.data.max_length
         )
         # Relative to the workdir: the logs of a run do not depend on where it lies.
         name = path("", number).as_posix()
         new = dataclasses.replace(new, origin=[f"{name}:{i + 1}" for i in new.row_N])
-        return merge(
+        return merge.merge(
             pairs, new, capacity=self.capacity, replace=run.rounds.replace, least=self.least
         )
 
@@ -330,7 +277,9 @@ def nothing_new(number: int, found: dict[str, float]) -> str:
     )
 
 
-def _metrics(tally: pair_makers.Yield, merged: Merged, rows: int, before: int) -> dict[str, float]:
+def _metrics(
+    tally: pair_makers.Yield, merged: merge.Merged, rows: int, before: int
+) -> dict[str, float]:
     joined, stayed = len(merged.joins), len(merged.stays)
     return {
         "resample/problems": float(tally.problems),

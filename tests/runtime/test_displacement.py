@@ -9,7 +9,7 @@ import pytest
 from sage_jax import __main__ as launcher
 from sage_jax import config
 from sage_jax.report import writers
-from sage_jax.runtime import checkpoint, displacement, forward, loop, setup
+from sage_jax.runtime import checkpoint, displacement, divergence, forward, loop, setup
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -229,3 +229,21 @@ def test_rows_hold_what_was_spent_up_to_them_and_the_parts_add_up(job, tmp_path)
     with checkpoint.Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
         _, _, meta = checkpoints.restore(checkpoints.latest(), trainer.state)
     assert meta["counters"]["flops_training"] == spent.flops_training
+
+
+def test_the_divergence_is_0_at_the_start_and_does_not_depend_on_the_batches(job):
+    import jax
+
+    run, parts = job
+    policy, found = parts["policy"], []
+    rng = np.random.default_rng(0)
+    other = jax.tree.map(lambda x: x + 0.05 * rng.normal(size=x.shape), policy.params)
+    for batch in (5, 2):
+        few = config.replace(
+            run, **{"eval.kl_prompts": 5, "eval.max_new_tokens": 8, "eval.batch": batch}
+        )
+        measure = divergence.Divergence(few, policy, None, parts["pairs"])
+        assert measure(policy.params)["eval_kl"] == pytest.approx(0.0, abs=1e-5)
+        found.append(measure(other))
+    assert found[0]["eval_kl"] > 0.01 and found[0]["eval_kl_error"] > 0
+    assert found[0] == pytest.approx(found[1], rel=1e-3)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sage_jax import __main__ as launcher
-from sage_jax import models, scores, selection
+from sage_jax import curriculum, models, rules, scores, selection
 from sage_jax.generate import tasks
 from sage_jax.report import writers
 from sage_jax.runtime import modes
@@ -340,11 +340,11 @@ def test_score_writes_the_rows_that_the_selection_rule_keeps_unchanged(tmp_path,
     assert [source[i] for i, row in enumerate(found) if row["selected"]] == kept
     assert len(found) == 40 and len(kept) == 12
     again = selection.select_pool(
-        selection.SELECTORS["sage"](
-            scores.PairScores(*(
+        rules.sage(
+            rules.candidates(scores.PairScores(*(
                 np.array([row[name] for row in found], np.float32)
                 for name in scores.PairScores._fields
-            )), None,
+            )), curriculum.init_memory(40)), None,
         ),
         np.array([row["stratum"] for row in found]), np.arange(40), keep=0.3, uniform_share=0.5,
         rng=np.random.default_rng(np.random.SeedSequence([0, 0, 1])),
@@ -366,9 +366,9 @@ def test_score_against_another_reference_gives_reward_margins(trained, tmp_path)
 def test_a_selector_of_ones_own_is_given_scores(tmp_path, monkeypatch):
     (tmp_path / "my_rules.py").write_text(
         "import numpy as np\n"
-        "def best(pairs, rng):\n"
-        "    assert np.std(pairs.score) > 0\n"
-        "    return np.asarray(pairs.score, np.float64)\n"
+        "def best(known, rng):\n"
+        "    assert np.std(known.pairs.score) > 0\n"
+        "    return known.pairs.score\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     changes = {"selection.name": "my_rules:best", "train.steps": 1, "eval.problems": "",

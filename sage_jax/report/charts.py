@@ -44,11 +44,16 @@ CHARTS = (  # first match wins; what matches none is shown under its own name at
           "Share of a step's pairs whose chosen answer has the higher reward. It is 0 at step 0 "
           "by definition. Selected pairs are the hard ones, so a selecting run stays lower here "
           "than a uniform one and may still learn more.", True),
-    Chart("Training", "Change against the reference", r"displacement/.*", "nats a token",
+    Chart("Training", "Change against the reference", r"displacement/(chosen|rejected)",
+          "nats a token",
           "What a token of these answers gained (above 0) or lost (below) against the reference. "
           "DPO only asks for a gap between the two lines: when both fall, the model unlearns the "
-          "chosen answers too. chosen mean is the running mean that the warning goes by. This is "
-          "no KL divergence: the answers are the data's, not the model's."),
+          "chosen answers too. This is no KL divergence: the answers are the data's, not the "
+          "model's."),
+    Chart("Training", "Change of the chosen answers, running mean", r"displacement/chosen_mean",
+          "nats a token",
+          "What the warning goes by: there is one when the line falls below "
+          "-config.loss.displacement_limit.", noisy=False),
     Chart("Training", "Weight of the added NLL term", r"loss/nll_weight", "",
           "0 or config.loss.nll_weight while the chosen answers hold, config.loss.nll_auto while "
           "they do not.", noisy=False),
@@ -196,8 +201,8 @@ def _curves(runs: dict[str, Rows], keys: Sequence[str], chart: Chart) -> str:
                 [row[key] for row in seen],
                 smooth=len(seen) // 12 if chart.noisy and len(seen) > _SMOOTHED else 1,
             )
-            if len(keys) > 1:  # one colour a metric; the twin is dashed
-                line = line._replace(colour=place, dashed=number > 0)
+            if len(keys) > 1:  # one colour a metric; each twin has dashes of its own
+                line = line._replace(colour=place, dash=number)
             lines.append(line)
     return plots.line_chart(
         lines, title=chart.title, x_label="optimizer steps", y_label=chart.unit,

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 COLOURS = ("#2f7ed8", "#e07b39", "#3f9b57", "#b255c4", "#c9485b", "#8a8f2b", "#2aa0a4", "#8d6e63")
+DASHES = ("none", "6 3", "1.5 2.5", "8 3 2 3")  # as SVG knows them; the first is a whole line
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 24, 42  # margins round the plotting area, pixels
 _LEGEND_ROW = 15  # pixels
 _POINTS = 400  # a line of more points is drawn through the means of that many groups
@@ -29,7 +30,7 @@ class Series(NamedTuple):
     high: Sequence[float | None] | None = None
     smooth: int = 1  # points of a moving mean; the points themselves are then drawn faintly
     colour: int | None = None  # index into COLOURS; by default the place in the chart
-    dashed: bool = False
+    dash: int = 0  # index into DASHES
 
 
 class Point(NamedTuple):
@@ -104,7 +105,7 @@ def line_chart(
     ''
     """
     lines = [
-        Line(s.name, _colour(i, s), points, s.smooth, "5 3" if s.dashed else "none")
+        Line(s.name, _colour(i, s), points, s.smooth, DASHES[s.dash % len(DASHES)])
         for i, s in enumerate(series)
         if (points := _points(s))
     ]

@@ -121,7 +121,7 @@ def _chosen_text(guard: Guard, step: int, run: config.Run) -> str:
     lost, other = -guard.chosen_mean, -guard.rejected_mean
     text = (
         f"Step {step}: the chosen answers have become less likely than under the reference by "
-        f"{lost:.2f} nats a token (mean of the last steps; the rejected ones by {other:.2f}), more "
+        f"{lost:.3f} nats a token (mean of the last steps; the rejected ones by {other:.3f}), more "
         f"than config.loss.displacement_limit={run.loss.displacement_limit:g}"
     )
     if other > lost:

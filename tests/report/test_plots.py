@@ -114,7 +114,7 @@ def test_a_constant_gets_round_ticks():
 
 def test_lines_can_share_a_colour_and_differ_in_dashes():
     one, two = plots.Series("a", [0, 1], [0, 1]), plots.Series("b", [0, 1], [1, 0])
-    svg = draw([one, two._replace(colour=0, dashed=True)])
+    svg = draw([one, two._replace(colour=0, dash=1)])
     plain, dashed = svg.iter(f"{SVG}polyline")
     assert plain.get("stroke") == dashed.get("stroke") == plots.COLOURS[0]
     assert plain.get("stroke-dasharray") == "none" != dashed.get("stroke-dasharray")

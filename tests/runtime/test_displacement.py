@@ -73,7 +73,7 @@ def test_each_cause_is_said_once_in_plain_words_with_the_remedy():
     assert len(last.warnings) == 1
     text = last.warnings[0]
     assert text.startswith("Step 4: the chosen answers have become less likely")
-    assert "by 0.40 nats a token" in text and "the rejected ones by 1.20" in text
+    assert "by 0.400 nats a token" in text and "the rejected ones by 1.200" in text
     assert "unlearns both answers" in text
     assert "Set config.loss.nll_weight=0.5" in text and "lower config.optim.lr=5e-07" in text
     far = {"eval_kl": 30.0, "eval_kl_per_token": 0.9}

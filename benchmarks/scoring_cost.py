@@ -10,8 +10,9 @@ config.selection.
 
 Effect, on the quickstart: after some steps on uniform pairs, the ranks that each way gives a pool
 are held against those of a full float32 pass, by Spearman's correlation and by the share of the
-top half that is the same (0.5 = chance). `start` remembers the margins from before the first step,
-`memory` those that training refreshed; refresh starts from either.
+top half that is the same (0.5 = chance); `margin_off` is the mean difference of the margins, nats.
+`start` remembers the margins from before the first step, `memory` those that training refreshed;
+refresh starts from either.
 """
 
 from __future__ import annotations
@@ -254,6 +255,8 @@ def effects(job: Job, steps: int, seed: int) -> dict[str, dict[str, float]]:
             known = one(params, memories[kind], index_P, number=number)
             key = kind if name == "memory" else name + ("_of_start" if kind == "start" else "")
             found[key] = agreement(ranks(known.pairs, known.memory, index_P), exact_P)
+            off_P = known.pairs.likelihood_margin - exact.likelihood_margin
+            found[key]["margin_off"] = float(np.abs(off_P).mean())
     return found
 
 
@@ -261,7 +264,7 @@ def over_seeds(found: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
     return {
         way: {
             k: {"mean": statistics.fmean(x), "least": min(x), "most": max(x)}
-            for k in ("spearman", "top_half")
+            for k in found[0][way]
             for x in [[one[way][k] for one in found]]
         }
         for way in found[0]

@@ -20,8 +20,9 @@ from sage_jax.runtime import forward, loop, rounds, setup, training
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SMALL = {
     "train.steps": 10, "train.batch_pairs": 8, "curriculum.pool_size": 48, "checkpoint.every": 3,
-    "eval.count": 16, "eval.every": 4, "eval.batch": 16, "compare.uniform": False, "eval.kl_prompts": 4,
+    "eval.count": 16, "eval.every": 4, "eval.batch": 16, "compare.uniform": False,
     "data.limit": 200, "loss.beta": 0.5, "loss.nll_weight": 0.0, "optim.lr": 1e-4,
+    "eval.kl_prompts": 4,
 }  # fmt: skip
 
 
@@ -201,15 +202,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(job, tmp_pat
 
 
 @pytest.mark.slow
-def test_the_twin_spends_the_flops_of_the_run(job, tmp_path):
+def test_twins_spend_the_flops_of_the_run_and_score_nothing(job, tmp_path):
     run = small_run(**{"selection.refresh": 1.0, "train.steps": 9})
     trainer, outcome = train(job, tmp_path / "run", run)
-    twin = training.twin_run("uniform", run, outcome, trainer.flops_N)
-    _, other = train(job, tmp_path / "twin", twin)
     spent = outcome.counters.flops_scoring + outcome.counters.flops_training
-    per_step = other.counters.flops_training / other.counters.step
-    assert abs(other.counters.flops_training - spent) < 1.5 * per_step
-    assert other.counters.flops_scoring == 0.0
+    for name, pool, share in (("uniform", 48, 1.0), ("random", 48, 0.5)):
+        twin = training.twin_run(name, run, outcome, trainer.flops_N)
+        _, other = train(job, tmp_path / name, twin)
+        per_step = other.counters.flops_training / other.counters.step
+        assert abs(other.counters.flops_training - spent) < 1.5 * per_step
+        assert other.counters.flops_scoring == 0.0
+        assert other.rows[0]["selection/pool"] == pool
+        assert other.rows[0]["selection/selected"] == share * pool
+        assert other.counters.step > 9  # scoring was counted
 
 
 def test_difficulty_column_with_gaps_is_refused():

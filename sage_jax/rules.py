@@ -235,9 +235,9 @@ def dual_margin(known: Candidates, rng: np.random.Generator) -> np.ndarray:
     """BeeS: an external and the implicit margin agree that the chosen answer is better.
 
     p = p1 p2 / (p1 p2 + (1-p1)(1-p2)), where a margin m gives p_i = (clip(m, L, U) - L) / (U - L).
-    The choice of L and U is ours: L is `LEAST_MARGIN`, and U is a margin that `CERTAIN` pairs of the
-    pool reach, but not below half of the largest, nor above it. The implicit margin is in nats, the
-    external one in the units of the data column.
+    The choice of L and U is ours: L is `LEAST_MARGIN`, and U is a margin that `CERTAIN` pairs of
+    the pool reach, but not below half of the largest, nor above it. The implicit margin is in nats,
+    the external one in the units of the data column.
 
     Returns:
         The log-odds of p, which rank like p and do not saturate.

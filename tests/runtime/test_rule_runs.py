@@ -92,6 +92,27 @@ def memory(job):
     return trainer.memory
 
 
+@pytest.mark.parametrize("name", [name for name in rules.RULES if name != "uniform"])
+def test_every_rule_makes_a_round_of_its_share_and_the_one_after(job, memory, name):
+    column = "" if rules.RULES[name].column == "unused" else "loss"
+    run = small_run(**{"selection.name": name, "selection.column": column})
+    loss = setup.make_loss(run)
+    pool_of = lambda known: lambda pool: rounds.remembered_scores(known, pool, loss, run)  # noqa: E731
+    first, _ = next_round(job, run, memory, score_pool=pool_of(memory))
+    moved = np.float32(np.random.default_rng(1).normal(size=120))
+    trained = memory._replace(reward_margin=moved, trained=memory.trained + 1)
+    second, drawn = next_round(job, run, trained, first.rule, 1, pool_of(trained))
+    for round_ in (first, second):
+        assert len(round_.pair_KRS) == 3 and (round_.pair_KRS >= 0).sum() == 24
+    assert np.isfinite(drawn.priority_P).all() and set(drawn.selection.reason_P) == {
+        "score",
+        "rank",
+    }
+    rows = rounds.log_rows(second, drawn, job["pairs"].origin)
+    lowest = min(row["priority"] for row in rows if row["selected"])
+    assert all(row["priority"] <= lowest for row in rows if not row["selected"])
+
+
 def test_easy_half_trains_the_easiest_pairs_of_the_column_from_easy_to_hard(job, memory):
     run = small_run(**{"selection.name": "easy_half", "selection.column": "loss"})
     round_, drawn = next_round(job, run, memory)

@@ -16,7 +16,7 @@ from typing import Any
 
 from ml_collections import config_dict
 
-from sage_jax import losses, rules
+from sage_jax import losses, noise, rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,9 @@ class Selection:
     temperature: float = 1.0  # scale of the likelihood margin
     length_normalised: bool = False  # likelihood margin from means over tokens
     stability: str = "token_error"  # source of the error: token_error, logit_norm, rounds, none
-    noise_quantile: float = 0.0  # share of lowest reward margins left out, once training began
+    # Pairs left out once training began: off, quantile (the lowest quarter of reward margins),
+    # suspects (labels that look flipped, see noise.py), auto (these, if there are enough of them).
+    guard: str = ""  # "" = auto with a selection, off with "uniform"
     soft: float = 0.0  # exponent of in-step weights ~ score^soft; 0 = off
 
 
@@ -228,6 +230,7 @@ _CHOICES = {
     "loss.name": tuple(losses.LOSSES),
     "selection.scoring_dtype": ("", "bfloat16"),
     "selection.margin": ("likelihood", "reward"),
+    "selection.guard": ("", *noise.GUARDS),
     "selection.stability": ("token_error", "logit_norm", "rounds", "none"),
     "optim.schedule": ("cosine", "linear", "constant"),
     "eval.split": ("train", "eval", "test"),
@@ -253,7 +256,6 @@ _SHARES = (  # key, lowest, whether the lowest is allowed, whether 1 is
     ("selection.keep", 0.0, False, True),
     ("selection.uniform_share", 0.0, True, True),
     ("selection.refresh", 0.0, True, True),
-    ("selection.noise_quantile", 0.0, True, False),
     ("curriculum.floor", 0.0, True, True),
     ("curriculum.decay", 0.0, True, False),
     ("optim.warmup", 0.0, True, True),
@@ -387,6 +389,9 @@ def resolve(config: Any) -> Run:
     if run.curriculum.sharpness == -1:
         sharpness = 0.0 if run.selection.name == "uniform" else 1.0
         run = replace(run, **{"curriculum.sharpness": sharpness})
+    if not run.selection.guard:  # plain DPO trains on everything, unless told otherwise
+        guard = "off" if run.selection.name == "uniform" else "auto"
+        run = replace(run, **{"selection.guard": guard})
     return run
 
 
@@ -436,6 +441,11 @@ def _check_together(run: Run) -> None:
         raise ValueError(
             f"config.selection.name={chosen.name!r} needs pairs, and loss.name='sft' trains on "
             f"single answers. Set selection.name='uniform'."
+        )
+    if run.loss.name == "sft" and chosen.guard not in ("", "off"):
+        raise ValueError(
+            f"config.selection.guard={chosen.guard!r} compares two answers, and loss.name='sft' "
+            f"trains on single ones. Set it to 'off'."
         )
 
 

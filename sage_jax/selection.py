@@ -122,8 +122,7 @@ def select_pool(
     keep: float,
     uniform_share: float,
     rng: np.random.Generator,
-    reward_margin_P: np.ndarray | None = None,
-    noise_quantile: float = 0.0,
+    noisy_P: np.ndarray | None = None,
 ) -> Selection:
     """Keeps a fraction of a pool: the best of every stratum, and a uniform share beside them.
 
@@ -139,28 +138,27 @@ def select_pool(
         keep: fraction of the pool to keep, in (0, 1]; at least one pair.
         uniform_share: fraction of the kept pairs that is drawn uniformly, in [0, 1].
         rng: for the uniform share.
-        reward_margin_P: float32 reward margins, which the noise guard needs; nan = not known.
-        noise_quantile: fraction of the pool with the lowest reward margins that is left out before
-            anything is ranked, in [0, 1). A flipped label looks like a confident error; without
-            flipped labels this leaves out what there is to learn.
+        noisy_P: bool, pairs whose labels are not believed (`noise`): they are left out before
+            anything is ranked, and of the uniform share. A flipped label looks like a confident
+            error. None = none.
 
     Returns:
         Selection over the pool.
 
     Raises:
-        ValueError: a fraction outside its range, or a noise guard without reward margins.
+        ValueError: a fraction outside its range.
 
     >>> chosen = select_pool(np.array([1.0, 3.0, 2.0, 0.0]), np.zeros(4, int), np.arange(4),
     ...                      keep=0.5, uniform_share=0.0, rng=np.random.default_rng(0))
     >>> chosen.selected_P.tolist(), chosen.reason_P.tolist()
     ([False, True, True, False], ['rank', 'score', 'score', 'rank'])
     """
-    _check_fractions(keep, uniform_share, noise_quantile, reward_margin_P)
+    _check_fractions(keep, uniform_share)
     priority_P, stratum_P, pair_P = map(np.asarray, (priority_P, stratum_P, pair_P))
-    noisy_P = _noisy(reward_margin_P, pair_P, noise_quantile)
+    noisy_P = np.zeros(len(pair_P), bool) if noisy_P is None else np.asarray(noisy_P, bool)
     reason_P = np.where(noisy_P, "noise", "rank").astype("<U10")
     if len(pair_P) == 0:
-        return Selection(noisy_P, reason_P)
+        return Selection(np.zeros(0, bool), reason_P)
 
     _, member_P = np.unique(stratum_P, return_inverse=True)
     left_K = np.bincount(member_P[~noisy_P], minlength=member_P.max() + 1)
@@ -200,21 +198,11 @@ def apportion(total: int, weight_K: np.ndarray) -> np.ndarray:
     return share_K
 
 
-def _noisy(reward_margin_P: np.ndarray | None, pair_P: np.ndarray, quantile: float) -> np.ndarray:
-    noisy_P = np.zeros(len(pair_P), bool)
-    if quantile > 0:
-        margin_P = np.asarray(reward_margin_P, np.float64)
-        order = np.lexsort((pair_P, margin_P))  # nan sorts last: an unknown pair is never left out
-        count = int(quantile * np.isfinite(margin_P).sum())
-        noisy_P[order[:count]] = True
-    return noisy_P
-
-
 def _round(x: float) -> int:
     return int(np.floor(x + 0.5))  # halves go up, unlike Python's round
 
 
-def _check_fractions(keep, uniform_share, noise_quantile, reward_margin_P) -> None:
+def _check_fractions(keep, uniform_share) -> None:
     if not 0 < keep <= 1:
         raise ValueError(
             f"selection.keep={keep} must lie in (0, 1]: it is the fraction of the pool to train "
@@ -224,14 +212,4 @@ def _check_fractions(keep, uniform_share, noise_quantile, reward_margin_P) -> No
         raise ValueError(
             f"selection.uniform_share={uniform_share} must lie in [0, 1]: it is a fraction of the "
             f"kept pairs. Use 0 for none."
-        )
-    if not 0 <= noise_quantile < 1:
-        raise ValueError(
-            f"selection.noise_quantile={noise_quantile} must lie in [0, 1): it is the fraction of "
-            f"the pool to leave out. Use 0 to switch the guard off, 0.25 when flips are suspected."
-        )
-    if noise_quantile > 0 and reward_margin_P is None:
-        raise ValueError(
-            f"selection.noise_quantile={noise_quantile} ranks by reward margins, but none were "
-            f"given. Pass reward_margin_P or set it to 0."
         )

@@ -7,7 +7,8 @@ from sage_jax import config
 
 def test_defaults_resolve_to_the_declared_run_but_for_the_value_that_follows_the_selection():
     run = config.resolve(config.default())
-    assert config.replace(run, **{"curriculum.sharpness": -1.0}) == config.Run()
+    followed = {"curriculum.sharpness": -1.0, "selection.guard": ""}
+    assert config.replace(run, **followed) == config.Run()
     uniform = config.resolve({"selection": {"name": "uniform"}})
     assert uniform.curriculum.sharpness == 0.0 and run.curriculum.sharpness == 1.0
 

@@ -114,7 +114,7 @@ def test_a_mistyped_command_is_one_line(argv, said, capsys):
         ("eval", {"eval.problems": ""}, "are both empty"),
         ("score", {"selection.name": "uniform"}, "does not score"),
         ("score", {"selection.margin": "reward"}, "Give config.reference.path"),
-        ("score", {"selection.noise_quantile": 0.1}, "Give config.reference.path"),
+        ("score", {"selection.guard": "suspects"}, "Give config.reference.path"),
         ("score", {"selection.refresh": 0.5}, "scores every pair once"),
         ("score", {"selection.stability": "rounds"}, "needs margins of several rounds"),
         ("doctor", {"data.train": "none.jsonl"}, r"'none.jsonl' does not exist"),

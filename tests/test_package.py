@@ -18,7 +18,8 @@ PACKAGE = ROOT / "sage_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 CORE = (  # each may import those before it
-    *("batch", "logprobs", "losses", "scores", "curriculum", "rules", "selection", "optim", "step"),
+    *("batch", "logprobs", "losses", "scores", "curriculum", "noise", "rules"),
+    *("selection", "optim", "step"),
 )
 FOLDERS = {  # what each folder may import from us, beside the core and itself
     "data": set(),

@@ -164,8 +164,7 @@ def test_counts_are_exact_and_strata_get_their_share(n, strata, keep, share, noi
         keep=keep,
         uniform_share=share,
         seed=seed,
-        reward_margin_P=reward,
-        noise_quantile=noise,
+        noisy_P=reward < np.sort(reward)[int(noise * n)],
     )
     left_out = int(noise * n)
     total = min(max(1, int(np.floor(keep * n + 0.5))), n - left_out)
@@ -230,21 +229,19 @@ def test_pairs_of_unknown_priority_come_in_by_chance_only():
     assert (chosen.reason_P == "uniform").sum() == 2
 
 
-def test_noise_guard_leaves_out_the_lowest_reward_margins_but_never_unknown_ones():
-    reward = np.array([-9.0, np.nan, 5.0, -1.0, 0.0, np.nan])
-    chosen = _select(
-        np.ones(6),
-        keep=1.0,
-        reward_margin_P=reward,
-        noise_quantile=0.5,
-    )
-    assert chosen.reason_P.tolist() == ["noise", "all", "all", "noise", "all", "all"]
+def test_pairs_that_are_not_believed_come_in_neither_by_rank_nor_by_chance():
+    noisy = np.arange(12) % 3 == 0
+    for share in (0.0, 0.5, 1.0):
+        chosen = _select(np.ones(12), keep=0.6, uniform_share=share, noisy_P=noisy)
+        assert not chosen.selected_P[noisy].any() and (chosen.reason_P[noisy] == "noise").all()
+        assert chosen.selected_P.sum() == 7
+    assert _select(np.ones(12), keep=1.0, noisy_P=noisy).selected_P.sum() == 8  # all that is left
 
 
-def test_a_guard_that_is_off_changes_nothing():
+def test_a_guard_that_suspects_nobody_changes_nothing():
     priority = _rng().normal(size=30)
     plain = _select(priority, uniform_share=0.3)
-    off = _select(priority, uniform_share=0.3, reward_margin_P=priority, noise_quantile=0.0)
+    off = _select(priority, uniform_share=0.3, noisy_P=np.zeros(30, bool))
     jax.tree.map(np.testing.assert_array_equal, plain, off)
 
 
@@ -271,8 +268,6 @@ def test_apportioned_shares_are_exact_to_within_one_and_never_exceed_what_there_
         ({"keep": 0.0}, r"keep=0.0 must lie in \(0, 1\]"),
         ({"keep": 1.5}, r"keep=1.5 must lie in \(0, 1\]"),
         ({"uniform_share": -0.1}, "uniform_share=-0.1"),
-        ({"noise_quantile": 1.0, "reward_margin_P": np.zeros(4)}, "noise_quantile=1.0"),
-        ({"noise_quantile": 0.2}, "none were given"),
     ],
 )
 def test_wrong_fractions_are_named_with_rule_and_fix(settings_, words):

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sage_jax import config, curriculum, logprobs, scores, selection, step
+from sage_jax import config, curriculum, logprobs, noise, scores, selection, step
 from sage_jax.data import encode, pipeline
 from sage_jax.report import progress, writers
 from sage_jax.runtime import (
@@ -32,6 +32,7 @@ from sage_jax.runtime import (
     rounds,
     setup,
     state,
+    suspicion,
 )  # fmt: skip
 from sage_jax.runtime import mesh as meshes
 
@@ -47,6 +48,7 @@ class Outcome(NamedTuple):
     rows: list[dict[str, Any]]  # of metrics.jsonl
     warnings: tuple[str, ...]  # of the displacement guard
     earlier: float  # seconds of the commands before this one, when it resumed
+    flips: noise.Flips | None = None  # what became known of the labels; None: nothing watched them
 
 
 class Pending(NamedTuple):
@@ -119,7 +121,7 @@ class Trainer:
         )(self.policy.params)
         uses_scores = (
             config.needs_scores(run) or run.curriculum.sharpness > 0 or run.selection.soft > 0
-        )
+        ) or run.selection.guard != "off"
         weigh = None
         if run.selection.soft:
             weigh = lambda pairs, weight: selection.soft_weights(  # noqa: E731
@@ -225,12 +227,19 @@ class Trainer:
         self.memory = curriculum.note_drawn(self.memory, self.round.pool_P)
         self.counters.position = 0
         self.round_metrics = rounds.metrics(self.round, drawn)
+        self._suspect(drawn.flips)
         writers.write_selection(
             self.workdir, self.round.number, rounds.log_rows(self.round, drawn, self.pairs.origin)
         )
         elsewhere = counted.seconds_scoring + counted.seconds_compiling - before
         counted.seconds_drawing += time.perf_counter() - start - elsewhere
         self.clock = time.perf_counter()
+
+    def _suspect(self, flips: noise.Flips | None) -> noise.Flips | None:
+        """Lists the pairs that look flipped, where anything is known of that."""
+        if flips is not None:
+            suspicion.write(self.workdir, flips, self.memory, self.pairs, self.reference)
+        return flips
 
     # -- checkpoints -----------------------------------------------------------------------------
 
@@ -394,10 +403,14 @@ class Trainer:
                     self.writer.write(row | self.counters.clock())
                     bar.update(0, self._notes())
                 self._save(checkpoints)
+        flips = None
+        if (self.memory.trained > 0).any():
+            flips = self._suspect(suspicion.detect(self.memory, self.run, self.pairs))
         rows = writers.read_rows(self.workdir / "metrics.jsonl")
         return Outcome(
-            self.state.params, self.counters, finished, rows, self.guard.warnings, self.earlier
-        )
+            self.state.params, self.counters, finished, rows, self.guard.warnings, self.earlier,
+            flips,
+        )  # fmt: skip
 
     def _train_round(self, bar, checkpoints, stopped) -> None:
         assert self.round is not None

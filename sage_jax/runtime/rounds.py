@@ -13,8 +13,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from sage_jax import config, curriculum, losses, rules, scores, selection
+from sage_jax import config, curriculum, losses, noise, rules, scores, selection
 from sage_jax.data import encode, pack
+from sage_jax.runtime import suspicion
 
 # Columns that "auto" takes for the difficulty, and the sign that makes larger mean harder.
 DIFFICULTY_COLUMNS = (("difficulty", 1.0), ("level", 1.0), ("pass_rate", -1.0))
@@ -39,6 +40,7 @@ class Drawn(NamedTuple):
     share_K: np.ndarray
     population_K: np.ndarray
     priority_P: np.ndarray | None  # of the rule; None where nothing was ranked
+    flips: noise.Flips | None  # of all pairs; None where nothing is known yet
 
 
 def difficulty_source(pairs: encode.EncodedPairs, source: str) -> str:
@@ -181,7 +183,9 @@ def next_round(
     if run.selection.name != "uniform":
         ranked = rank(pool_P, scored, memory, rule_state, run=run, loss=loss, pairs=pairs, rng=rng)
     priority_P = ranked.priority_P if ranked else None
-    chosen = select(pool_P, stratum_N[pool_P], priority_P, memory, run, rng)
+    # At the start reward margins are 0, or say how policy and reference were made.
+    flips = suspicion.detect(memory, run, pairs) if (memory.trained > 0).any() else None
+    chosen = select(pool_P, stratum_N[pool_P], priority_P, memory, run, rng, flips)
     order_K = rng.permutation(np.flatnonzero(chosen.selected_P))
     if priority_P is not None and rules.resolve(run.selection.name).ordered:
         order_K = order_K[np.argsort(-priority_P[order_K], kind="stable")]  # nan sorts last
@@ -199,7 +203,7 @@ def next_round(
             f"{len(order_K)} pairs were selected from {len(pool_P)}, fewer than one batch of "
             f"config.train.batch_pairs={run.train.batch_pairs}. Lower it, or raise selection.keep."
         )
-    drawn = Drawn(stratum_N[pool_P], scored, chosen, share_K, population_K, priority_P)
+    drawn = Drawn(stratum_N[pool_P], scored, chosen, share_K, population_K, priority_P, flips)
     state = dict(ranked.state) if ranked else {}
     return Round(number, pool_P, pair_KRS, competence_K, state), drawn
 
@@ -260,14 +264,14 @@ def select(
     memory: curriculum.Memory,
     run: config.Run,
     rng: np.random.Generator,
+    flips: noise.Flips | None = None,
 ) -> selection.Selection:
-    """The pairs of a pool that are trained; all of them without priorities."""
+    """The pairs of a pool that are trained; without priorities all that the guard leaves."""
     chosen = run.selection
-    if priority_P is None:
-        everything = np.ones(len(pool_P), bool)
-        return selection.Selection(everything, np.full(len(pool_P), "all", "<U10"))
-    # The guard needs reward margins that have moved: at the start they are all 0.
     begun = bool((memory.trained[pool_P] > 0).any())
+    noisy_P = suspicion.left_out(pool_P, memory, chosen.guard if begun else "off", flips)
+    if priority_P is None:
+        return selection.Selection(~noisy_P, np.where(noisy_P, "noise", "all").astype("<U10"))
     return selection.select_pool(
         priority_P,
         stratum_P,
@@ -275,8 +279,7 @@ def select(
         keep=chosen.keep,
         uniform_share=chosen.uniform_share if chosen.name != "random" else 0.0,
         rng=rng,
-        reward_margin_P=memory.reward_margin[pool_P] if chosen.noise_quantile and begun else None,
-        noise_quantile=chosen.noise_quantile if begun else 0.0,
+        noisy_P=noisy_P,
     )
 
 
@@ -307,6 +310,9 @@ def metrics(round_: Round, drawn: Drawn) -> dict[str, float]:
         "selection/selected": float(selected.sum()),
         "selection/left_out_as_noise": float((drawn.selection.reason_P == "noise").sum()),
     }
+    if drawn.flips is not None:
+        row["selection/suspected"] = float(drawn.flips.suspected_N.sum())
+        row["selection/flip_share"] = drawn.flips.share
     if drawn.pairs is not None:
         for name in ("likelihood_margin", "margin_error", "score"):
             values = getattr(drawn.pairs, name)

@@ -12,7 +12,7 @@ from sage_jax import config, curriculum, rules, scores, selection
 from sage_jax.data import encode, records
 from sage_jax.generate import pairs as pair_makers
 from sage_jax.report import progress, writers
-from sage_jax.runtime import forward, rounds, setup
+from sage_jax.runtime import forward, rounds, setup, suspicion
 from sage_jax.runtime import mesh as meshes
 
 
@@ -36,10 +36,11 @@ def score(run: config.Run, workdir: pathlib.Path) -> int:
             "config.selection.stability='rounds' needs margins of several rounds of training. Use "
             "'token_error', 'logit_norm' or 'none'."
         )
-    if run.selection.noise_quantile and not run.reference.path:
+    guard = run.selection.guard
+    if guard in ("quantile", "suspects") and not run.reference.path:
         raise ValueError(
-            f"config.selection.noise_quantile={run.selection.noise_quantile} leaves out the lowest "
-            f"reward margins, which compare with a reference. Give config.reference.path, or 0."
+            f"config.selection.guard={guard!r} reads reward margins, which compare with a "
+            f"reference. Give config.reference.path, or set it to 'off'."
         )
     if run.selection.margin == "reward" and not run.reference.path:
         raise ValueError(
@@ -81,6 +82,8 @@ def score(run: config.Run, workdir: pathlib.Path) -> int:
     stratum_N = curriculum.stratify(hard_N, run.curriculum.strata)
     rng = np.random.default_rng(np.random.SeedSequence([run.seed, 0, 1]))
     index_N = np.arange(len(pairs))
+    # Without a reference nothing has moved against it, and the guard "auto" has nothing to go by.
+    flips = suspicion.detect(memory, run, pairs) if run.reference.path else None
     priority_N = rounds.rank(
         index_N, found, memory, None, run=run, loss=loss, pairs=pairs, rng=rng
     ).priority_P
@@ -91,8 +94,7 @@ def score(run: config.Run, workdir: pathlib.Path) -> int:
         keep=run.selection.keep,
         uniform_share=run.selection.uniform_share,
         rng=rng,
-        reward_margin_P=found.reward_margin if run.selection.noise_quantile else None,
-        noise_quantile=run.selection.noise_quantile,
+        noisy_P=suspicion.left_out(index_N, memory, guard, flips),
     )
     _write(workdir, run, pairs, stats, found, stratum_N, priority_N, chosen)
     return 0

@@ -6,7 +6,7 @@ import pathlib
 from typing import Any
 
 from sage_jax.report import progress
-from sage_jax.runtime import counters, loop
+from sage_jax.runtime import counters, loop, suspicion
 
 _NAMES = {"sage": "SAGE", "sft": "supervision", "uniform": "uniform DPO", "random": "random"}
 _PARTS = ("sampling", "scoring", "training")
@@ -57,6 +57,9 @@ def make(
         "seconds_reference": spent.seconds_reference,
         "warnings": list(outcome.warnings),
     }
+    if outcome.flips is not None:
+        summary["suspected"] = int(outcome.flips.suspected_N.sum())
+        summary["flip_share"] = outcome.flips.share
     intervals = {"before": outcome.rows[0], "after": outcome.rows[-1]}
     for name, twin in twins.items():
         intervals[name] = twin.rows[-1]
@@ -94,6 +97,8 @@ def show(summary: dict[str, Any], workdir: pathlib.Path) -> None:
     print("\n" + _costs(summary, [(label.removeprefix("after "), end) for label, _, end in runs]))
     if summary["method"] != "sft":
         print("\n" + reference_text(summary))
+    if "suspected" in summary:
+        print("\n" + flips_text(summary, workdir))
     for key in ("warnings", "warnings_uniform", "warnings_random"):
         for text in summary[key] if key in summary else ():
             print(f"\nWarning ({key[9:] or summary['method']}). {text}")
@@ -126,6 +131,16 @@ def _costs(summary: dict[str, Any], runs: list[tuple[str, str]]) -> str:
         rows.append(cells)
     header = ["seconds (GFLOPs)", *parts, "+ host: drawing", "compiling"]
     return progress.table(header, rows)
+
+
+def flips_text(summary: dict[str, Any], workdir: pathlib.Path) -> str:
+    """One sentence on which labels look wrong, and where they are listed."""
+    count, share = summary["suspected"], 100 * summary["flip_share"]
+    text = f"{count:,} of {summary['pairs']:,} pairs look flipped"
+    if not count:
+        return f"{text} (estimated share of flipped labels: {share:.0f} %)."
+    where = suspicion.path(workdir)
+    return f"{text} (estimated share of flipped labels: {share:.0f} %): {where}"
 
 
 def reference_text(summary: dict[str, Any]) -> str:

@@ -178,7 +178,7 @@ def twin_run(name: str, run: config.Run, outcome: loop.Outcome, flops_N: np.ndar
     changes: dict[str, Any] = {
         "selection.name": name, "selection.column": "", "selection.soft": 0.0,
         "selection.refresh": 0.0, "selection.scoring_dtype": "", "selection.scoring_tokens": 0,
-        "selection.noise_quantile": 0.0, "train.steps": steps,
+        "selection.guard": "off", "train.steps": steps,
     }  # fmt: skip
     if name == "uniform":
         changes["curriculum.sharpness"] = 0.0

@@ -1,0 +1,108 @@
+"""Suspected label flips of a run: found in its memory, left out by the guard, written for people.
+
+All of it is a function of the memory, which is in the checkpoint: a resumed run suspects whom it
+would have suspected.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import numpy as np
+
+from sage_jax import config, curriculum, noise
+from sage_jax.data import encode
+from sage_jax.report import writers
+
+
+def detect(memory: curriculum.Memory, run: config.Run, pairs: encode.EncodedPairs) -> noise.Flips:
+    """What the remembered margins say about the labels.
+
+    The share of flips is estimated over all pairs: those that a selection has trained or scored
+    lately are no fair sample of them. A pair that nothing has seen since the start is not accused.
+    """
+    chosen = run.selection
+    nats: np.ndarray | float = 1.0 / chosen.temperature
+    if chosen.length_normalised:
+        nats = nats * np.maximum((pairs.lengths_N2 - pairs.start_N2).mean(axis=1), 1.0)
+    flips = noise.detect(
+        noise.evidence(
+            memory.likelihood_margin,
+            memory.reward_margin,
+            memory.margin_error,
+            run.loss.beta,
+            nats,
+        )
+    )
+    seen_N = memory.last_round >= 0
+    return flips._replace(posterior_N=np.where(seen_N, flips.posterior_N, np.nan))
+
+
+def left_out(
+    pool_P: np.ndarray, memory: curriculum.Memory, guard: str, flips: noise.Flips | None
+) -> np.ndarray:
+    """The pairs of a pool that the guard keeps from training, bool [P].
+
+    >>> left_out(np.array([1, 0]), curriculum.init_memory(2), "auto", None).tolist()
+    [False, False]
+    """
+    if guard == "quantile":
+        return noise.lowest(memory.reward_margin[pool_P], pool_P)
+    if flips is not None and (guard == "suspects" or (guard == "auto" and flips.many)):
+        return flips.suspected_N[pool_P]
+    return np.zeros(len(pool_P), bool)
+
+
+def path(workdir: pathlib.Path) -> pathlib.Path:
+    """Where the suspected pairs are listed.
+
+    >>> path(pathlib.Path("runs/a")).as_posix()
+    'runs/a/selection/suspects.jsonl'
+    """
+    return workdir / "selection" / "suspects.jsonl"
+
+
+def rows(
+    flips: noise.Flips,
+    memory: curriculum.Memory,
+    pairs: encode.EncodedPairs,
+    reference_N2: np.ndarray,
+) -> list[dict]:
+    """One row a suspected pair, the most suspicious first.
+
+    `neighbours_reward_margin` is the mean over the 50 pairs that are nearest in the margin under
+    the reference: how far pairs have come that were as hard at the start.
+    """
+    index = np.flatnonzero(flips.suspected_N)
+    index = index[np.lexsort((index, -flips.posterior_N[index]))]
+    reward = memory.reward_margin.astype(np.float64)
+    others = noise.neighbours_mean(reward, reference_N2[:, 0] - reference_N2[:, 1], index)
+    return [
+        {
+            "pair": int(i),
+            "origin": pairs.origin[i],
+            "posterior": float(flips.posterior_N[i]),
+            "log_odds": float(flips.log_odds_N[i]),
+            "reward_margin": float(reward[i]),
+            "neighbours_reward_margin": float(other),
+            "likelihood_margin": float(memory.likelihood_margin[i]),
+            "margin_error": float(memory.margin_error[i]),
+            "trained": int(memory.trained[i]),
+        }
+        for i, other in zip(index, others, strict=True)
+    ]
+
+
+def write(
+    workdir: pathlib.Path,
+    flips: noise.Flips,
+    memory: curriculum.Memory,
+    pairs: encode.EncodedPairs,
+    reference_N2: np.ndarray,
+) -> None:
+    """Writes `selection/suspects.jsonl`, whole or not at all."""
+    found = (writers.plain(row) for row in rows(flips, memory, pairs, reference_N2))
+    if writers.first_process():
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in found)
+        writers.write_text(path(workdir), "".join(lines))

@@ -5,18 +5,22 @@ optax alone. The folders beside them (data, models, runtime, generate, report) a
 `sage-jax` command is made of; they import what they need when they are used.
 """
 
-from sage_jax import batch, curriculum, logprobs, losses, noise, optim, scores, selection, step
+from sage_jax import (
+    batch,
+    curriculum,
+    logprobs,
+    losses,
+    noise,
+    optim,
+    rules,
+    scores,
+    selection,
+    step,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "batch",
-    "curriculum",
-    "logprobs",
-    "losses",
-    "noise",
-    "optim",
-    "scores",
-    "selection",
-    "step",
+    *("batch", "curriculum", "logprobs", "losses", "noise", "optim", "rules", "scores"),
+    *("selection", "step"),
 ]

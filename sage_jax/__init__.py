@@ -21,6 +21,14 @@ from sage_jax import (
 __version__ = "0.1.0"
 
 __all__ = [
-    *("batch", "curriculum", "logprobs", "losses", "noise", "optim", "rules", "scores"),
-    *("selection", "step"),
+    "batch",
+    "curriculum",
+    "logprobs",
+    "losses",
+    "noise",
+    "optim",
+    "rules",
+    "scores",
+    "selection",
+    "step",
 ]

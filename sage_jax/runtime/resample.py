@@ -131,8 +131,7 @@ class Resampler:
         sampled = time.perf_counter()
         memory = curriculum.grow(curriculum.recall(data.memory, merged.stays), len(new))
         flops_scoring = 0.0
-        # Plain DPO looks at no margin: it neither ranks nor leans towards strata.
-        if len(new) and not (run.selection.name == "uniform" and run.curriculum.sharpness == 0):
+        if len(new) and looks_at_margins(run):
             memory = self._remember(run, memory, params, new, reference, score_fn, number)
             flops_scoring = float(counters.pair_flops(self.policy.model, new, light=True).sum())
         rule = _grown_rule(run, loss, data.rule, memory, merged.stays)
@@ -237,6 +236,16 @@ def _grown_rule(run, loss, state, memory: curriculum.Memory, stays: np.ndarray) 
     return state | {
         name: np.concatenate([state[name][stays], np.asarray(first[name])]) for name in per_pair
     }
+
+
+def looks_at_margins(run: config.Run) -> bool:
+    """Whether a run needs margins of its pairs: plain DPO neither ranks, leans nor guards.
+
+    >>> looks_at_margins(config.resolve({"selection": {"name": "uniform"}}))
+    False
+    """
+    plain = run.selection.name == "uniform" and run.selection.guard == "off"
+    return not plain or run.curriculum.sharpness > 0
 
 
 def path(workdir: str | pathlib.Path, number: int) -> pathlib.Path:

@@ -14,6 +14,14 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+# XLA allocates a program's temporaries at every call. glibc maps large ones afresh and unmaps them
+# afterwards, so on a CPU the kernel clears every page again in every step. With these settings in
+# the environment variable GLIBC_TUNABLES it keeps them, in huge pages (host_memory.py).
+KEEP_MEMORY = (
+    "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:"
+    "glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=268435456"
+)
+
 
 def machine() -> dict[str, Any]:
     """What a figure was measured on."""

@@ -3,7 +3,8 @@
     python benchmarks/host_memory.py --out=benchmarks/results/host_memory.json
 
 The same step in two processes that take turns: as the C library comes, and with
-`common.KEEP_MEMORY` in the environment variable GLIBC_TUNABLES. The shape is the small decoder of benchmarks/selection.
+`common.KEEP_MEMORY` in the environment variable GLIBC_TUNABLES. The shape is that of the small
+decoder in benchmarks/selection.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import common
 
 
 def measure(repeats: int) -> dict[str, float]:
-    """Median seconds and mean page faults of a train step, on 32 unpacked pairs of 2 x 60 tokens."""
+    """Median seconds and mean page faults of a train step on 32 unpacked pairs of 2 x 60 tokens."""
     import jax
     import jax.numpy as jnp
     import numpy as np

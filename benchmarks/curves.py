@@ -6,7 +6,6 @@ methods are compared, curves of one key (a seed, or a task and a seed) belong to
 
 from __future__ import annotations
 
-import itertools
 import pathlib
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
@@ -50,20 +49,50 @@ def at(curve: Sequence[Point], axis: str, value: float) -> float:
     return float(np.interp(value, column(curve, axis), column(curve, "accuracy")))
 
 
-def first_at(curve: Sequence[Point], axis: str, level: float) -> float | None:
-    """Where a curve first reaches a level, interpolated; None if it does not."""
-    for before, after in itertools.pairwise(curve):
-        if after["accuracy"] >= level:
-            rise = after["accuracy"] - before["accuracy"]
-            part = (level - before["accuracy"]) / rise if rise > 0 else 0.0
-            return before[axis] + max(part, 0.0) * (after[axis] - before[axis])
-    return None
+def level(start: float, best: float, share: float) -> float:
+    """The accuracy at which a share of a gain is reached."""
+    return start + share * (best - start)
 
 
-def level(curve: Sequence[Point], share: float = 0.95) -> float:
-    """The accuracy at which a share of a curve's best gain is reached."""
-    start = curve[0]["accuracy"]
-    return start + share * (max(p["accuracy"] for p in curve) - start)
+def _mean_curve(curves: Curves, scale: Mapping[Hashable, float], axis: str) -> np.ndarray:
+    """[2, 401] places and mean accuracies, in units of each key's scale, as far as all curves go."""
+    end = min(curve[-1][axis] / scale[key] for key, curve in curves.items())
+    grid = np.linspace(0, end, 401)
+    each = [
+        np.interp(grid * scale[key], column(curve, axis), column(curve, "accuracy"))
+        for key, curve in curves.items()
+    ]
+    return np.array([grid, np.mean(each, axis=0)])
+
+
+def relative_need(method: Curves, uniform: Curves, axis: str, share: float) -> dict[str, Any]:
+    """What a method needs, relative to uniform, for a share of uniform's best gain.
+
+    Read off the mean curves over keys: single curves are noisy, and the best of a noisy curve is
+    luck. The standard error is the jackknife's over keys.
+
+    Returns:
+        mean, standard_error, count, and `lower_bound`: the mean curve of the method never gets
+        there, so the whole of its axis stands for what it needs.
+    """
+
+    def ratio(keys: Sequence[Hashable]) -> tuple[float, bool]:
+        scale = {key: uniform[key][-1][axis] for key in keys}
+        theirs = _mean_curve({key: uniform[key] for key in keys}, scale, axis)
+        mine = _mean_curve({key: method[key] for key in keys}, scale, axis)
+        wanted = level(theirs[1, 0], theirs[1].max(), share)
+        needs = theirs[0, np.argmax(theirs[1] >= wanted)]
+        there = bool((mine[1] >= wanted).any())
+        reach = mine[0, np.argmax(mine[1] >= wanted)] if there else mine[0, -1]
+        return float(reach / needs) if needs else 1.0, there
+
+    keys = list(method)
+    mean, there = ratio(keys)
+    error = None
+    if len(keys) > 1:
+        without = [ratio([k for k in keys if k != left])[0] for left in keys]
+        error = float(np.sqrt((len(keys) - 1) * np.var(without)))
+    return {"mean": mean, "standard_error": error, "count": len(keys), "lower_bound": not there}
 
 
 def mean_error(values: Sequence[float]) -> dict[str, Any]:
@@ -76,42 +105,34 @@ def compare(method: Curves, uniform: Curves) -> dict[str, Any]:
     """What a method does against uniform, paired by key.
 
     Returns:
-        `accuracy_*` and `minus_uniform_*` at the end of the shorter curve and as the mean over each
-        axis, and `*_to_95` / `*_to_best`: what it needs relative to uniform to reach 95 % of
-        uniform's best gain / uniform's best. A curve that never gets there counts with the length
-        of its whole axis, which is a lower bound; `never_*` says how many those are.
+        `accuracy_*` and `minus_uniform_*`: at the end of the shorter curve, and as the mean over
+        each axis up to there; `*_to_95` and `*_to_best`: see `relative_need`.
     """
     found: dict[str, list[float]] = {}
-    never = {"95": 0, "best": 0}
 
     def note(name: str, value: float) -> None:
         found.setdefault(name, []).append(value)
 
+    axes = [axis for axis in ("step", "pairs", "flops", "seconds")
+            if all(curve[-1][axis] > 0 for curve in [*method.values(), *uniform.values()])]  # fmt: skip
     for key, curve in method.items():
         other = uniform[key]
         note("accuracy_before", curve[0]["accuracy"])
         note("accuracy_after", curve[-1]["accuracy"])
-        for axis in ("step", "flops", "seconds"):
+        for axis in axes:
             upto = min(curve[-1][axis], other[-1][axis])
-            if not upto > 0:
-                continue
             mine, theirs = area(curve, axis, upto), area(other, axis, upto)
             note(f"accuracy_over_{axis}", mine)
             note(f"minus_uniform_over_{axis}", mine - theirs)
             mine, theirs = at(curve, axis, upto), at(other, axis, upto)
             note(f"accuracy_at_equal_{axis}", mine)
             note(f"minus_uniform_at_equal_{axis}", mine - theirs)
-            for name, share in (("95", 0.95), ("best", 1.0)):
-                wanted = level(other, share)
-                needs = first_at(other, axis, wanted)
-                reach = first_at(curve, axis, wanted)
-                if needs:
-                    never[name] += reach is None and axis == "step"
-                    reach = curve[-1][axis] if reach is None else reach
-                    note(f"{axis}_to_{name}", reach / needs)
-    return {k: mean_error(v) for k, v in found.items()} | {
-        f"never_{k}": v for k, v in never.items()
+    needs = {
+        f"{axis}_to_{name}": relative_need(method, uniform, axis, share)
+        for axis in axes
+        for name, share in (("95", 0.95), ("best", 1.0))
     }
+    return {k: mean_error(v) for k, v in found.items()} | needs
 
 
 def text(value: Mapping[str, Any] | None, digits: int = 3, sign: bool = False) -> str:
@@ -119,6 +140,8 @@ def text(value: Mapping[str, Any] | None, digits: int = 3, sign: bool = False) -
     if value is None:
         return "-"
     mean = f"{value['mean']:{'+' if sign else ''}.{digits}f}"
+    if value.get("lower_bound"):
+        return f"> {mean}"
     error = value["standard_error"]
     return mean if error is None else f"{mean} ± {error:.{digits}f}"
 

@@ -97,13 +97,12 @@ _HEADER = ["", "− default, mean over steps", "− uniform, mean over steps",
 
 
 def _row(name: str, uniform: dict[str, Any], default: dict[str, Any]) -> list[str]:
-    never = f" ({uniform['never_95']} never)" if uniform["never_95"] else ""
     return [
         name,
         curves.text(default["minus_uniform_over_step"], sign=True),  # compared with the default
         curves.text(uniform["minus_uniform_over_step"], sign=True),
         curves.text(uniform["minus_uniform_over_flops"], sign=True),
-        curves.text(uniform["step_to_95"], 2) + never,
+        curves.text(uniform["step_to_95"], 2),
         curves.text(uniform["flops_to_95"], 2),
         curves.text(uniform["accuracy_after"]),
     ]

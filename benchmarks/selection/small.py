@@ -111,14 +111,13 @@ def table(found: dict[tuple, lab.Job], done: dict[lab.Job, dict], task: str) -> 
                 s["seconds_scoring"] / (s["seconds_scoring"] + s["seconds_training"]) for s in spent
             ])  # fmt: skip
             values[f"{condition}/{name}"] = c
-            never = f" ({c['never_95']} never)" if c["never_95"] else ""
             rows.append([
                 condition, name,
                 curves.text(c["accuracy_after"]),
                 curves.text(c["minus_uniform_over_step"], sign=True),
                 curves.text(c["minus_uniform_at_equal_flops"], sign=True),
                 curves.text(c["minus_uniform_over_flops"], sign=True),
-                curves.text(c["step_to_95"], 2) + never,
+                curves.text(c["step_to_95"], 2),
                 curves.text(c["flops_to_95"], 2), curves.text(c["flops_to_best"], 2),
                 f"{100 * c['scoring_seconds_share']['mean']:.0f} %",
             ])  # fmt: skip

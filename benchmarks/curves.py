@@ -55,7 +55,7 @@ def level(start: float, best: float, share: float) -> float:
 
 
 def _mean_curve(curves: Curves, scale: Mapping[Hashable, float], axis: str) -> np.ndarray:
-    """[2, 401] places and mean accuracies, in units of each key's scale, as far as all curves go."""
+    """[2, 401] places and mean accuracies, in units of each key's scale; as far as all go."""
     end = min(curve[-1][axis] / scale[key] for key, curve in curves.items())
     grid = np.linspace(0, end, 401)
     each = [
@@ -113,8 +113,8 @@ def compare(method: Curves, uniform: Curves) -> dict[str, Any]:
     def note(name: str, value: float) -> None:
         found.setdefault(name, []).append(value)
 
-    axes = [axis for axis in ("step", "pairs", "flops", "seconds")
-            if all(curve[-1][axis] > 0 for curve in [*method.values(), *uniform.values()])]  # fmt: skip
+    all_curves = [*method.values(), *uniform.values()]
+    axes = [axis for axis in AXES if all(curve[-1][axis] > 0 for curve in all_curves)]
     for key, curve in method.items():
         other = uniform[key]
         note("accuracy_before", curve[0]["accuracy"])

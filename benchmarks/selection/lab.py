@@ -58,11 +58,6 @@ class Job:
     split: str = "test"
     model: str = ""  # settings of the world, as JSON, on top of `BASE`
 
-    @property
-    def key(self) -> str:
-        text = json.dumps(dataclasses.astuple(self))
-        return hashlib.blake2b(text.encode(), digest_size=10).hexdigest()
-
 
 # What a task needs besides: equations of so small a decoder take longer, and a mistake spoils more.
 BASE_OF: dict[str, dict[str, Any]] = {
@@ -119,9 +114,10 @@ def pairs_file(
     path = world / f"pairs_{chosen}_{flips:g}.jsonl"
     if path.exists():
         return path
-    rows = [json.loads(line) for line in (world / "pairs.jsonl").open()]
     if chosen == "exact":
-        rows = _exact(rows, task, seed)
+        rows = _exact(world, seed, task)
+    else:
+        rows = [json.loads(line) for line in (world / "pairs.jsonl").open()]
     rng = random.Random(f"flips/{seed}")
     flipped = set(rng.sample(range(len(rows)), round(flips * len(rows))))
     for i, row in enumerate(rows):
@@ -134,23 +130,37 @@ def pairs_file(
     return path
 
 
-def _exact(rows: list[dict[str, Any]], task: str, seed: int) -> list[dict[str, Any]]:
-    """Chosen answers replaced by the task's worked solution of the same problem."""
-    from sage_jax.generate import tasks
+def _exact(world: pathlib.Path, seed: int, task: str) -> list[dict[str, Any]]:
+    """Ground truth against the policy: worked solutions chosen, its wrong answers rejected.
 
-    count = load("quickstart_base", BASE).sample.count  # the problems that were sampled from
-    problems = tasks.problems(tasks.resolve(task), count=count, seed=seed, split="train")
-    solution = {problem.prompt: problem.solution for problem in problems}
-    return [row | {"chosen": solution[row["prompt"]]} for row in rows]
+    One answer is sampled to each training problem; those that are right make no pair. Problems
+    that the policy never solves are among them, which on-policy pairs cannot hold.
+    """
+    from sage_jax import models
+    from sage_jax.generate import sampler, tasks
+
+    base = load("quickstart_base", BASE)
+    of = tasks.resolve(task)
+    problems = tasks.problems(of, count=base.sample.count, seed=seed, split="train")
+    problems = list({problem.prompt: problem for problem in problems}.values())
+    model, params = models.load(world / "base" / "export")
+    tokenizer = models.load_tokenizer(world / "base" / "export")
+    answers = sampler.generate(
+        model, params, tokenizer, [problem.prompt for problem in problems], temperature=1.0,
+        max_new_tokens=base.eval.max_new_tokens, seed=seed, batch=base.eval.batch,
+    )  # fmt: skip
+    return [
+        {"prompt": problem.prompt, "chosen": problem.solution, "rejected": answer.text,
+         "level": problem.level, "task": task, "answer": problem.answer}
+        for problem, (answer,) in zip(problems, answers, strict=True)
+        if answer.finished and answer.text and not of.check(answer.text, problem.answer)
+    ]  # fmt: skip
 
 
 def run_job(scratch: pathlib.Path, job: Job) -> dict[str, Any]:
     """Trains one job, or returns what it left before: its curve and what it spent."""
     from sage_jax.runtime import modes
 
-    record = scratch / "runs" / f"{job.key}.json"
-    if record.exists():
-        return json.loads(record.read_text())
     world = make_world(scratch, job.task, job.seed, job.model)
     settings = RUN | {
         "model.path": str(world / "base" / "export"),
@@ -159,11 +169,16 @@ def run_job(scratch: pathlib.Path, job: Job) -> dict[str, Any]:
         "seed": job.seed, "eval.seed": job.seed,
         "reference.store": str(scratch / "reference"), "data.cache": str(scratch / "encoded"),
     } | dict(job.settings)  # fmt: skip
-    workdir = scratch / "workdirs" / job.key
+    run = load("quickstart", settings)
+    # All settings, so that a changed default is another run.
+    key = hashlib.blake2b(repr(run).encode(), digest_size=10).hexdigest()
+    record, workdir = scratch / "runs" / f"{key}.json", scratch / "workdirs" / key
+    if record.exists():
+        return json.loads(record.read_text())
     shutil.rmtree(workdir, ignore_errors=True)
     start = time.perf_counter()
     with _quiet():
-        modes.train(load("quickstart", settings), workdir)
+        modes.train(run, workdir)
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
     found = {
         "job": dataclasses.asdict(job),

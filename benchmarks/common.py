@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -47,8 +48,10 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The checked-out commit, with + when files differ from it."""
+    """The checked-out commit, with + when files differ from it; "" where there is no git."""
     here = pathlib.Path(__file__).parent
+    if shutil.which("git") is None:
+        return ""
 
     def git(*args: str) -> str:
         run = subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=False)

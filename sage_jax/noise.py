@@ -99,6 +99,9 @@ def detect(evidence_NE: np.ndarray) -> Flips:
     moments. A number that would count against the label where it is large is left out: where chosen
     answers are mostly the longer ones, say, their margins are negative without being wrong.
 
+    Errors of the policy that do not fade where it is surest count as flips, and so do the heavy
+    tails of a density for which g(s) / g(-s) is bounded.
+
     Args:
         evidence_NE: float, E numbers for each of N pairs, all with the sign of the label, larger =
             more surely right; rows with a nan are not known.

@@ -102,9 +102,9 @@ CHARTS = (  # first match wins; what matches none is shown under its own name at
           "Standard error of the margin from its tokens. Selected pairs should not be the "
           "shakiest ones: their errors are meant to be reliable.", alone=True),
     Chart("Selection", "Candidates and selected pairs",
-          r"selection/(pool|selected|left_out_as_noise)", "pairs",
+          r"selection/(pool|selected|left_out_as_noise|suspected)", "pairs",
           "How many pairs each round looked at, how many it trained on, and how many it left out "
-          "because they look mislabelled.", alone=True),
+          "because they look mislabelled; and how many of all pairs do.", alone=True),
     Chart("Curriculum", "Competence by stratum", r"curriculum/competence_\d+", "share",
           "Probability that the model prefers the chosen answer, for each difficulty stratum "
           "(0 is the easiest). A stratum at the top is mastered.", True,

@@ -16,7 +16,7 @@ def get_config():
     c.loss.beta, c.loss.nll_weight = 0.3, 0.5
     c.optim.lr, c.optim.schedule = 5e-5, "constant"
     c.train.steps, c.train.batch_pairs = 200, 32
-    c.curriculum.pool_size = 1024
+    c.curriculum.pool_size = 1024  # longer rounds, as every other one begins with a sampling
     c.eval.problems = c.sample.problems = "task:arithmetic"
     c.eval.count, c.eval.every, c.eval.max_new_tokens = 800, 25, 48
     c.eval.batch = 200

@@ -16,7 +16,6 @@ def get_config():
     c.optim.lr = 5e-5
     c.optim.schedule = "constant"
     c.train.steps, c.train.batch_pairs = 200, 32
-    c.curriculum.pool_size = 1024
     c.eval.problems = "task:arithmetic"
     c.eval.count, c.eval.every, c.eval.max_new_tokens = 800, 25, 48
     c.eval.batch = 200

@@ -71,10 +71,11 @@ class Loss:
 class Selection:
     name: str = "sage"  # see rules.RULES, or "module:function"; "uniform" trains on all drawn
     column: str = ""  # data column that dual_margin, rho, implicit_gap, easy_half read; "" = none
-    keep: float = 0.5  # share of the pool that is trained on; "uniform" takes all of it
-    uniform_share: float = 0.5  # share of the kept pairs drawn uniformly, whatever their score
-    refresh: float = 0.0  # share of the pool that a forward pass scores before each round, the
-    # longest unseen pairs first; 0 = remembered margins alone, 1 = the whole pool afresh
+    keep: float = 0.33  # share of the pool that is trained on; "uniform" takes all of it
+    uniform_share: float = 0.0  # share of the kept pairs drawn uniformly, whatever their score
+    refresh: float = -1.0  # share of the pool that a forward pass scores before each round, the
+    # longest unseen pairs first; 0 = remembered margins alone, 1 = the whole pool afresh; -1 = 0.25
+    # for a rule that reads scores, 0 for others
     scoring_dtype: str = ""  # of the matmuls of that pass: bfloat16, or "" = model.dtype
     scoring_tokens: int = 0  # completion tokens of each side that it reads; 0 = all
     margin: str = "likelihood"  # "likelihood": policy alone; "reward": against the reference
@@ -91,7 +92,8 @@ class Selection:
 
 @dataclasses.dataclass(frozen=True)
 class Curriculum:
-    pool_size: int = 0  # candidates drawn each round; 0 = the whole data set
+    pool_size: int = -1  # candidates drawn each round; 0 = the whole data set; -1 = 16 batches
+    # for a rule that reads scores (short rounds keep them fresh), the whole data set for others
     strata: int = 4  # difficulty strata
     difficulty: str = "auto"  # data column, "margin" (reference's), or "auto" (column if present)
     floor: float = 0.5  # share of its natural size that every stratum keeps
@@ -222,6 +224,9 @@ RESUMABLE = (
     "export.",
 )
 
+POOL_BATCHES = 16  # what curriculum.pool_size=-1 and selection.refresh=-1 stand for; the tables
+REFRESH = 0.25  # behind them are in benchmarks/results/selection
+
 _CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
@@ -248,7 +253,7 @@ _NOT_NEGATIVE = (
     "seed eval.seed data.limit loss.gamma loss.nll_weight loss.displacement_limit loss.nll_auto "
     "eval.kl_prompts eval.kl_limit selection.soft curriculum.pool_size "
     "selection.scoring_tokens optim.eps optim.weight_decay optim.clip_norm eval.every "
-    "reference.spot_check sample.temperature rounds.resample"
+    "curriculum.sharpness reference.spot_check sample.temperature rounds.resample"
 ).split()
 _SHARES = (  # key, lowest, whether the lowest is allowed, whether 1 is
     ("task.faulty_share", 0.0, True, True),
@@ -362,7 +367,7 @@ def resolve(config: Any) -> Run:
     for key in sorted(unknown):
         hint = nearest(key, flatten(default()))
         raise ValueError(f"config.{key} is not a setting. The nearest is config.{hint}.")
-    run = _section(Run, config, "")
+    run = _settle(_section(Run, config, ""))
     flat = flatten(as_dict(run))
     for key, choices in _CHOICES.items():
         if flat[key] not in choices:
@@ -386,13 +391,22 @@ def resolve(config: Any) -> Run:
                 f"1{']' if one_ok else ')'}."
             )
     _check_together(run)
-    if run.curriculum.sharpness == -1:
-        sharpness = 0.0 if run.selection.name == "uniform" else 1.0
-        run = replace(run, **{"curriculum.sharpness": sharpness})
-    if not run.selection.guard:  # plain DPO trains on everything, unless told otherwise
-        guard = "off" if run.selection.name == "uniform" else "auto"
-        run = replace(run, **{"selection.guard": guard})
     return run
+
+
+def _settle(run: Run) -> Run:
+    """Settings that follow the selection, where -1 or "" leaves them to it."""
+    plain, scored = run.selection.name == "uniform", needs_scores(run)
+    changes: dict[str, Any] = {}
+    if run.curriculum.sharpness == -1:
+        changes["curriculum.sharpness"] = 0.0 if plain else 1.0
+    if run.curriculum.pool_size == -1:
+        changes["curriculum.pool_size"] = POOL_BATCHES * run.train.batch_pairs if scored else 0
+    if run.selection.refresh == -1:
+        changes["selection.refresh"] = REFRESH if scored else 0.0
+    if not run.selection.guard:  # plain DPO trains on everything, unless told otherwise
+        changes["selection.guard"] = "off" if plain else "auto"
+    return replace(run, **changes)
 
 
 def _check_together(run: Run) -> None:
@@ -402,11 +416,6 @@ def _check_together(run: Run) -> None:
     _check_resampling(run)
     _check_scoring(run)
     _check_guard(run)
-    if run.curriculum.sharpness < 0 and run.curriculum.sharpness != -1:
-        raise ValueError(
-            f"config.curriculum.sharpness={run.curriculum.sharpness} has to be 0 or more, or -1 to "
-            f"follow the selection."
-        )
     if run.mesh.data == 0 or run.mesh.data < -1:
         raise ValueError(f"config.mesh.data={run.mesh.data} has to be above 0, or -1 for the rest.")
     if run.model.d_model % run.model.heads or run.model.heads % run.model.kv_heads:

@@ -52,7 +52,7 @@ def score(run: config.Run, workdir: pathlib.Path) -> int:
             f"config.selection.name={run.selection.name!r} reads reward margins, which compare "
             f"with a reference. Give config.reference.path, or use another rule."
         )
-    for key in ("refresh", "scoring_dtype", "scoring_tokens"):
+    for key in ("scoring_dtype", "scoring_tokens"):
         if getattr(run.selection, key) != getattr(config.Selection, key):
             raise ValueError(
                 f"config.selection.{key}={getattr(run.selection, key)!r} is about the passes "

@@ -95,7 +95,8 @@ class Curriculum:
     pool_size: int = -1  # candidates drawn each round; 0 = the whole data set; -1 = 16 batches
     # for a rule that reads scores (short rounds keep them fresh), the whole data set for others
     strata: int = 4  # difficulty strata
-    difficulty: str = "auto"  # data column, "margin" (reference's), or "auto" (column if present)
+    difficulty: str = "auto"  # data column, "margin" (reference), or "auto": the first complete one
+    # of difficulty, pass_rate and level, else the margin
     floor: float = 0.5  # share of its natural size that every stratum keeps
     sharpness: float = -1.0  # how fast the mixture leaves mastered strata; 0 = natural shares;
     # -1 = 1 with a selection, 0 with selection.name="uniform", which then is plain DPO

@@ -18,7 +18,8 @@ from sage_jax.data import encode, pack
 from sage_jax.runtime import suspicion
 
 # Columns that "auto" takes for the difficulty, and the sign that makes larger mean harder.
-DIFFICULTY_COLUMNS = (("difficulty", 1.0), ("level", 1.0), ("pass_rate", -1.0))
+# A pass rate says how hard a problem is for this policy; a level, for people.
+DIFFICULTY_COLUMNS = (("difficulty", 1.0), ("pass_rate", -1.0), ("level", 1.0))
 
 
 class Round(NamedTuple):
@@ -113,9 +114,7 @@ def make_rescore_fn(run: config.Run, loss: losses.Loss) -> Callable[..., scores.
     )
 
 
-def stalest(
-    last_round_P: np.ndarray, share: float, *, seed: int, number: int
-) -> np.ndarray:
+def stalest(last_round_P: np.ndarray, share: float, *, seed: int, number: int) -> np.ndarray:
     """Places of the pool's pairs that were seen longest ago; equals come in random order.
 
     Args:

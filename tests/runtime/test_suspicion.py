@@ -207,7 +207,8 @@ def test_a_guarded_run_goes_on_bit_for_bit(job, tmp_path, monkeypatch, name):
     jax.tree.map(np.testing.assert_array_equal, whole.memory, resumed.memory)
     jax.tree.map(np.testing.assert_array_equal, whole.round, resumed.round)
     np.testing.assert_array_equal(ended.flips.posterior_N, finished.flips.posterior_N)
-    assert sum(row.get("selection/left_out_as_noise", 0.0) for row in ended.rows) > 0
+    if name == "sage":  # plain DPO sees no pair twice in so few steps, so nobody to leave out
+        assert sum(row.get("selection/left_out_as_noise", 0.0) for row in ended.rows) > 0
     files = sorted(p.name for p in (tmp_path / "whole/selection").iterdir())
     assert "suspects.jsonl" in files
     for file in files:

@@ -16,7 +16,7 @@ from typing import Any
 
 from ml_collections import config_dict
 
-from sage_jax import losses, noise, rules
+from sage_jax import losses, noise, rules, scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,8 @@ class Selection:
     damping: float = 0.1  # delta in signal^2 / (curvature + delta)
     temperature: float = 1.0  # scale of the likelihood margin
     length_normalised: bool = False  # likelihood margin from means over tokens
-    stability: str = "token_error"  # source of the error: token_error, logit_norm, rounds, none
+    # Sources of the error, whose variances add up: token_error, logit_norm, rounds, joined by "+";
+    stability: str = "token_error"  # or none
     # Pairs left out once training began: off, quantile (the lowest quarter of reward margins),
     # suspects (labels that look flipped, see noise.py), auto (these, if there are enough of them).
     guard: str = ""  # "" = auto with a selection, off with "uniform"
@@ -237,7 +238,6 @@ _CHOICES = {
     "selection.scoring_dtype": ("", "bfloat16"),
     "selection.margin": ("likelihood", "reward"),
     "selection.guard": ("", *noise.GUARDS),
-    "selection.stability": ("token_error", "logit_norm", "rounds", "none"),
     "optim.schedule": ("cosine", "linear", "constant"),
     "eval.split": ("train", "eval", "test"),
     "rounds.replace": ("none", "oldest", "all"),
@@ -522,6 +522,7 @@ def _check_rule(run: Run) -> None:
 def _check_scoring(run: Run) -> None:
     """The settings of the scoring pass say something, and what it computes can be compared."""
     chosen = run.selection
+    sources = scores.stability_sources(chosen.stability)
     if chosen.refresh and not needs_scores(run):
         raise ValueError(
             f"config.selection.refresh={chosen.refresh} scores pairs, which selection.name="
@@ -542,10 +543,10 @@ def _check_scoring(run: Run) -> None:
             f"tokens, which do not compare with remembered ones of whole completions. Set "
             f"selection.refresh=1, or scoring_tokens=0."
         )
-    if chosen.stability == "rounds":
+    if scores.ROUNDS in sources:
         raise ValueError(
             f"config.selection.scoring_tokens={chosen.scoring_tokens} gives margins of the first "
-            f"tokens, and selection.stability='rounds' the error of whole completions. Use "
+            f"tokens, and selection.stability={chosen.stability!r} the error of whole ones. Use "
             f"another selection.stability, or scoring_tokens=0."
         )
     if chosen.margin == "reward" or rules.resolve(chosen.name).needs_reference:

@@ -23,11 +23,37 @@ from sage_jax import logprobs, losses
 Array = jax.Array | np.ndarray
 
 MARGINS = ("likelihood", "reward")
-STABILITIES = {  # what each side adds to the variance of the margin, nats²
+STABILITIES = {  # what each side adds to the variance of the margin, nats², in one forward pass
     "token_error": lambda stats: stats.spread,
     "logit_norm": lambda stats: stats.logit_norm,
     "none": lambda stats: jnp.zeros_like(stats.spread),
 }
+
+ROUNDS = "rounds"  # the variance over visits, which a memory of several rounds has
+
+
+def stability_sources(stability: str) -> tuple[str, ...]:
+    """The sources of a margin's error in a setting; variances of several, joined by "+", add up.
+
+    Raises:
+        ValueError: an unknown source, one that is named twice, or "none" beside others.
+
+    >>> stability_sources("token_error+rounds")
+    ('token_error', 'rounds')
+    """
+    sources = tuple(stability.split("+"))
+    known = {*STABILITIES, ROUNDS}
+    if set(sources) - known or len(set(sources)) < len(sources):
+        raise ValueError(
+            f"selection.stability={stability!r} must be one of {', '.join(sorted(known))}, or "
+            f"several of them joined by '+', each once."
+        )
+    if "none" in sources and len(sources) > 1:
+        raise ValueError(
+            f"selection.stability={stability!r} is none and something. Leave out 'none', or the "
+            f"rest."
+        )
+    return sources
 
 
 class PairScores(NamedTuple):
@@ -267,7 +293,8 @@ def make_score_fn(
         damping: see `damped_decrement`.
         temperature: factor between nats and the likelihood margin; positive.
         length_normalised: take means over completion tokens for the likelihood margin.
-        stability: where the error comes from, one of `STABILITIES`. "logit_norm" needs statistics
+        stability: where the error comes from, of `STABILITIES`, several joined by "+": their
+            variances add up. "logit_norm" needs statistics
             made with `logit_norm=True`.
 
     Returns:
@@ -285,16 +312,17 @@ def make_score_fn(
     rescore = make_rescore_fn(
         loss, margin=margin, kappa=kappa, damping=damping, temperature=temperature
     )
-    if stability not in STABILITIES:
+    sources = stability_sources(stability)
+    if ROUNDS in sources:
         raise ValueError(
-            f"selection.stability={stability!r} must be one of {', '.join(STABILITIES)}."
+            f"selection.stability={stability!r}: one pass does not know the variance over rounds. "
+            f"Add `round_variance_error` of a memory to its error."
         )
     if length_normalised and margin == "reward":
         raise ValueError(
             "selection.length_normalised=True cannot apply to selection.margin='reward', which is "
             "always of sums. Use selection.margin='likelihood' or switch length_normalised off."
         )
-    variance_of = STABILITIES[stability]
 
     def score_fn(stats: logprobs.SequenceStats, ref_logps: Array) -> PairScores:
         logps = jnp.asarray(stats.logps, jnp.float32)
@@ -302,7 +330,7 @@ def make_score_fn(
         ratio = logps - jnp.asarray(ref_logps, jnp.float32)
         side = logps / jnp.maximum(tokens, 1.0) if length_normalised else logps
         error = token_standard_error(
-            variance_of(stats),
+            sum(STABILITIES[source](stats) for source in sources),
             tokens,
             temperature=temperature,
             length_normalised=length_normalised,

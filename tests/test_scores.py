@@ -221,6 +221,13 @@ def test_stability_names_the_source_of_the_error(stability):
     np.testing.assert_allclose(error, np.sqrt(of[stability].sum(-1)), rtol=1e-6)
 
 
+def test_variances_of_several_sources_add_up():
+    stats, ref, _ = _stats()
+    both = scores.make_score_fn(losses.sigmoid(), stability="token_error+logit_norm")(stats, ref)
+    want = np.sqrt(np.float64(stats.spread + stats.logit_norm).sum(-1))
+    np.testing.assert_allclose(both.margin_error, want, rtol=1e-6)
+
+
 @pytest.mark.parametrize("margin", scores.MARGINS)
 @pytest.mark.parametrize("temperature", [1.0, 0.25])
 def test_rescoring_remembered_margins_equals_scoring_afresh(margin, temperature):
@@ -283,7 +290,10 @@ def test_scores_keep_any_leading_shape():
         ({"kappa": -1.0}, "kappa=-1.0 must not be negative"),
         ({"damping": 0.0}, "damping=0.0"),
         ({"temperature": 0.0}, "temperature=0.0"),
-        ({"stability": "tokens"}, "stability='tokens' must be one of token_error"),
+        ({"stability": "tokens"}, "stability='tokens' must be one of logit_norm"),
+        ({"stability": "token_error+token_error"}, "each once"),
+        ({"stability": "none+token_error"}, "none and something"),
+        ({"stability": "token_error+rounds"}, "one pass does not know the variance over rounds"),
         ({"margin": "reward", "length_normalised": True}, "cannot apply"),
     ],
 )

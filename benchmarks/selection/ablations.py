@@ -18,9 +18,9 @@ import lab
 import small
 
 GROUPS: dict[str, dict[str, dict[str, Any]]] = {
-    "keep share": {f"keep {k}": {"selection.keep": k} for k in (0.25, 0.5, 0.75)},
-    "standard errors, κ": {f"κ {k:g}": {"selection.kappa": float(k)} for k in (0, 1, 2, 4, 8)},
-    "damping, δ": {f"δ {d:g}": {"selection.damping": d} for d in (0.01, 0.1, 1.0)},
+    "keep share": {f"keep {k}": {"selection.keep": k} for k in (0.2, 0.33, 0.5)},
+    "standard errors, κ": {f"κ {k:g}": {"selection.kappa": float(k)} for k in (0, 1, 2, 4)},
+    "damping, δ": {f"δ {d:g}": {"selection.damping": d} for d in (0.01, 1.0)},
     "margin": {
         "likelihood margin": {},
         "per token": {"selection.length_normalised": True},
@@ -30,12 +30,13 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
         "token error": {},
         "variance over rounds": {"selection.stability": "rounds"},
         "logit norm": {"selection.stability": "logit_norm"},
+        "token error + rounds": {"selection.stability": "token_error+rounds"},
         "none": {"selection.stability": "none"},
     },
     "strata": {
-        "by level": {},
+        "by pass rate": {},
         "none": {"curriculum.strata": 1},
-        "by pass rate": {"curriculum.difficulty": "pass_rate"},
+        "by level": {"curriculum.difficulty": "level"},
         "by margin": {"curriculum.difficulty": "margin"},
     },
     "competence": {
@@ -44,8 +45,8 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
         "sharper": {"curriculum.sharpness": 2.0},
     },
     "uniform share": {f"share {u}": {"selection.uniform_share": u} for u in (0.0, 0.25, 0.5)},
-    "pool": {f"pool {p}": {"curriculum.pool_size": p} for p in (128, 256, 512, 1024, 0)},
-    "refresh": {f"refresh {r}": {"selection.refresh": r} for r in (0.0, 0.25, 0.5, 1.0)},
+    "pool": {f"pool {p}": {"curriculum.pool_size": p} for p in (128, 512, 2048)},
+    "refresh": {f"refresh {r}": {"selection.refresh": r} for r in (0.0, 0.25, 1.0)},
     "soft weights": {"off": {}, "exponent 0.5": {"selection.soft": 0.5}},
 }  # fmt: skip
 

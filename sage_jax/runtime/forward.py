@@ -170,7 +170,7 @@ class Scorer:
         index = index_P[place]
         stats = self.passes.stats(
             params, self.pairs, index,
-            logit_norm=chosen.stability == "logit_norm", light=True, dtype=chosen.scoring_dtype,
+            logit_norm="logit_norm" in chosen.stability, light=True, dtype=chosen.scoring_dtype,
         )  # fmt: skip
         found = jax.device_get(self.score_fn(stats, self.reference_N2[index]))
         whole = self.whole_N[index]
@@ -224,7 +224,7 @@ def stored_stats(
     to be computed is added to `spent`, compilation and the check of stored values with it. `aside`
     as in `progress.Progress`.
     """
-    logit_norm = run.selection.stability == "logit_norm"
+    logit_norm = "logit_norm" in run.selection.stability
     store = reference.Store(setup.cache_directory(run.reference.store, "reference"))
     # The dtype policy and what is stored are part of the key: other numbers, another space.
     space = reference.space(policy.fingerprint, run.model.dtype, logit_norm=logit_norm)

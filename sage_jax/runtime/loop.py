@@ -128,7 +128,7 @@ class Trainer:
                 pairs.score, run.selection.soft, weight
             )
         train_step = step.make_train_step(
-            self.policy.logps_fn(logit_norm=run.selection.stability == "logit_norm"),
+            self.policy.logps_fn(logit_norm="logit_norm" in run.selection.stability),
             self.loss,
             tx,
             score_fn=self.score_fn if uses_scores else None,
@@ -296,9 +296,7 @@ class Trainer:
             self._hold(pairs, parts["data"]["reference"])
         self.memory = curriculum.Memory(**parts["memory"])
         if meta["round"] >= 0:
-            self.round = rounds.Round(
-                number=meta["round"], rule=parts["rule"], **parts["round"]
-            )
+            self.round = rounds.Round(number=meta["round"], rule=parts["rule"], **parts["round"])
         self.counters = counters.Counters(**meta["counters"])
         self.counters.add_reference(self.spent)
         self.guard = displacement.restore(meta["guard"])

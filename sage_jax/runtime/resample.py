@@ -218,7 +218,7 @@ class Resampler:
         everything = np.arange(len(new))
         stats = self.passes.stats(
             params, new, everything,
-            logit_norm=run.selection.stability == "logit_norm", light=True,
+            logit_norm="logit_norm" in run.selection.stability, light=True,
         )  # fmt: skip
         found = jax.device_get(score_fn(stats, reference))
         behind = len(memory.visits) - len(new) + everything

@@ -95,10 +95,12 @@ def remembered_scores(
     chosen = run.selection
     reward, likelihood = memory.reward_margin[index_P], memory.likelihood_margin[index_P]
     error = memory.margin_error[index_P]
-    if chosen.stability == "rounds":
-        error = scores.round_variance_error(
+    sources = scores.stability_sources(chosen.stability)
+    if scores.ROUNDS in sources:
+        over_rounds = scores.round_variance_error(
             memory.mean[index_P], memory.m2[index_P], memory.visits[index_P]
         )
+        error = over_rounds if len(sources) == 1 else np.hypot(error, over_rounds)
     return jax.device_get(make_rescore_fn(run, loss)(reward, likelihood, error))
 
 

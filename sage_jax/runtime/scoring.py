@@ -31,10 +31,10 @@ def score(run: config.Run, workdir: pathlib.Path) -> int:
         raise ValueError(
             f"config.selection.name={run.selection.name!r} does not score. Use one of {ranking}."
         )
-    if run.selection.stability == "rounds":
+    if "rounds" in run.selection.stability:
         raise ValueError(
-            "config.selection.stability='rounds' needs margins of several rounds of training. Use "
-            "'token_error', 'logit_norm' or 'none'."
+            f"config.selection.stability={run.selection.stability!r} needs margins of several "
+            f"rounds of training. Use 'token_error', 'logit_norm' or 'none'."
         )
     guard = run.selection.guard
     if guard in ("quantile", "suspects") and not run.reference.path:

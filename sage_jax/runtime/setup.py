@@ -271,8 +271,8 @@ def row_shape(run: config.Run, lengths_N2: np.ndarray, mesh: jax.sharding.Mesh) 
 def make_score_fn(run: config.Run, loss: losses.Loss) -> step.ScoreFn:
     """The score of the settings, from the statistics of a forward pass."""
     chosen = run.selection
-    # Variance over rounds is not in a single pass; the tokens' error stands in until it is known.
-    stability = "token_error" if chosen.stability == "rounds" else chosen.stability
+    # Variance over rounds is not in a single pass; alone, the tokens' error stands in for it.
+    sources = [x for x in scores.stability_sources(chosen.stability) if x != scores.ROUNDS]
     return scores.make_score_fn(
         loss,
         margin=chosen.margin,
@@ -280,7 +280,7 @@ def make_score_fn(run: config.Run, loss: losses.Loss) -> step.ScoreFn:
         damping=chosen.damping,
         temperature=chosen.temperature,
         length_normalised=chosen.length_normalised,
-        stability=stability,
+        stability="+".join(sources) or "token_error",
     )
 
 

@@ -145,7 +145,7 @@ def run(workdir, *flags, check=True):
 
 
 @pytest.mark.slow
-def test_the_stages_lead_from_problems_to_a_report(tmp_path):
+def test_the_stages_lead_from_problems_to_a_report(tmp_path, modules):
     workdir = tmp_path / "toy"
     assert "--stage=problems" in run(workdir, "--stage=sft", check=False).stderr
     run(workdir, "--stage=problems,sft,sample")
@@ -172,10 +172,10 @@ def test_the_stages_lead_from_problems_to_a_report(tmp_path):
     rows = {}
     for name in ("sft", "sample", "eval", "test"):
         path = workdir / f"problems/seed_0/{name}.jsonl"
-        rows[name] = [json.loads(line)["prompt"] for line in path.open()]
+        rows[name] = [row["prompt"] for row in modules["medium_files"].read_rows(path)]
     assert not set(rows["eval"]) & set(rows["test"])
     assert not (set(rows["sft"]) | set(rows["sample"])) & (set(rows["eval"]) | set(rows["test"]))
-    pairs = [json.loads(x) for x in (workdir / "worlds/seed_0/pairs/data.jsonl").open()]
+    pairs = modules["medium_files"].read_rows(workdir / "worlds/seed_0/pairs/data.jsonl")
     assert {p["task"] for p in pairs} <= {"arithmetic", "equations"}
     assert {p["level"] for p in pairs} <= {1, 2} and {p["prompt"] for p in pairs} <= set(
         rows["sample"]

@@ -96,7 +96,8 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.open(encoding="utf-8")]
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
 
 
 # -- problems --------------------------------------------------------------------------------------

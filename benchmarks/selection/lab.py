@@ -55,7 +55,7 @@ class Job:
     seed: int
     settings: tuple[tuple[str, Any], ...]  # sorted, so that a job has one key
     flips: float = 0.0  # share of the pairs whose label is flipped
-    chosen: str = "policy"  # who wrote the chosen answers: the policy, or "exact" worked solutions
+    chosen: str = "policy"  # or "exact" chosen answers, or the "static" selection of the pairs
     split: str = "test"
     model: str = ""  # settings of the world, as JSON, on top of `BASE`
 
@@ -108,7 +108,7 @@ def make_world(scratch: pathlib.Path, task: str, seed: int, model: str = "") -> 
 def pairs_file(
     world: pathlib.Path, seed: int, flips: float, chosen: str, task: str
 ) -> pathlib.Path:
-    """The world's pairs, with exact chosen answers or flipped labels if asked for.
+    """The world's pairs, or those of `_exact` or `_static`, with flipped labels if asked for.
 
     Flipped pairs are marked in the column `flipped`, which no selection reads.
     """
@@ -117,6 +117,8 @@ def pairs_file(
         return path
     if chosen == "exact":
         rows = _exact(world, seed, task)
+    elif chosen == "static":
+        rows = _static(world)
     else:
         rows = [json.loads(line) for line in (world / "pairs.jsonl").open()]
     rng = random.Random(f"flips/{seed}")
@@ -156,6 +158,19 @@ def _exact(world: pathlib.Path, seed: int, task: str) -> list[dict[str, Any]]:
         for problem, (answer,) in zip(problems, answers, strict=True)
         if answer.finished and answer.text and not of.check(answer.text, problem.answer)
     ]  # fmt: skip
+
+
+def _static(world: pathlib.Path) -> list[dict[str, Any]]:
+    """What `sage-jax score` selects before training, by the settings of `RUN`."""
+    from sage_jax.runtime import modes
+
+    where = world / f"scored.{os.getpid()}"
+    settings = RUN | {"model.path": str(world / "base" / "export"),
+                      "data.train": str(world / "pairs.jsonl"),
+                      "reference.store": str(world / "reference")}  # fmt: skip
+    with _quiet():
+        modes.score(load("quickstart", settings), where)
+    return [json.loads(line) for line in (where / "selected.jsonl").open()]
 
 
 def run_job(scratch: pathlib.Path, job: Job) -> dict[str, Any]:

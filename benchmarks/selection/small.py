@@ -22,13 +22,17 @@ METHODS: dict[str, dict[str, Any]] = {  # on top of lab.RUN; `sage` is the defau
     "uniform": {"selection.name": "uniform"},
     "sage": {},
     "random": {"selection.name": "random", "curriculum.sharpness": 0.0},
+    "static": {"selection.name": "uniform"},  # on the third that SAGE selects before training
     "gradient": {"selection.name": "gradient", "selection.margin": "reward",
-                 "selection.uniform_share": 0.0, "curriculum.sharpness": 0.0},
-    "max_curvature": {"selection.name": "max_curvature"},
+                 "curriculum.sharpness": 0.0},
     "hard_first": {"selection.name": "hard_first"},
+    "max_curvature": {"selection.name": "max_curvature"},
+    "beta_dpo": {"selection.name": "beta_dpo", "selection.keep": 0.8, "curriculum.strata": 1,
+                 "curriculum.sharpness": 0.0, "selection.guard": "off"},
 }  # fmt: skip
+PAIRS = {"static": {"chosen": "static"}}  # other pairs than the world's
 RATES = (4e-5, 8e-5, 1.6e-4)
-GUARD = {"selection.guard": "auto"}
+UNGUARDED = ", no guard"
 RATES_FILE = lab.RESULTS / "small_rates.json"
 
 
@@ -39,7 +43,7 @@ def jobs_of(args, seeds: list[int], rates: dict[str, dict[str, float]]) -> dict[
         for seed in seeds:
             for condition, methods in conditions(args.methods.split(",")).items():
                 for name, (settings, more) in methods.items():
-                    lr = rates[task][name.removesuffix(" + guard")]
+                    lr = rates[task][name.removesuffix(UNGUARDED)]
                     changed = settings | {"train.steps": args.steps, "optim.lr": lr}
                     found[condition, task, name, seed] = lab.job(task, seed, changed, **more)
     return found
@@ -47,13 +51,14 @@ def jobs_of(args, seeds: list[int], rates: dict[str, dict[str, float]]) -> dict[
 
 def conditions(methods: list[str]) -> dict[str, dict[str, tuple[dict, dict]]]:
     """What is compared under which kind of pairs."""
-    plain = {name: (METHODS[name], {}) for name in methods}
+    plain = {name: (METHODS[name], PAIRS.get(name, {})) for name in methods}
     few = {name: plain[name] for name in ("uniform", "sage") if name in plain}
     found = {"on-policy": plain, "exact chosen": {n: (s, {"chosen": "exact"}) for n, (s, _) in
                                                   few.items()}}  # fmt: skip
     for flips in (0.1, 0.2):
         noisy = {name: (settings, {"flips": flips}) for name, (settings, _) in few.items()}
-        noisy["sage + guard"] = (METHODS["sage"] | GUARD, {"flips": flips})
+        off = METHODS["sage"] | {"selection.guard": "off"}
+        noisy["sage" + UNGUARDED] = (off, {"flips": flips})
         found[f"{flips:.0%} flipped"] = noisy
     return found
 
@@ -62,7 +67,11 @@ def choose(args) -> None:
     """The learning rate of each method by its mean accuracy over steps, on validation."""
     jobs = {
         (task, name, lr, seed): lab.job(
-            task, seed, METHODS[name] | {"train.steps": args.steps, "optim.lr": lr}, split="eval"
+            task,
+            seed,
+            METHODS[name] | {"train.steps": args.steps, "optim.lr": lr},
+            split="eval",
+            **PAIRS.get(name, {}),
         )
         for task in args.task.split(",")
         for name in args.methods.split(",")

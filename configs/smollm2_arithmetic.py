@@ -23,7 +23,6 @@ def get_config():
     c.optim.lr, c.optim.schedule, c.optim.warmup = 1e-5, "linear", 0.0
     c.train.steps, c.train.batch_pairs = 8, 8
     c.selection.keep = 0.5
-    c.curriculum.pool_size = 128
     c.eval.problems = c.sample.problems = "task:one_digit"
     c.eval.count, c.eval.max_new_tokens, c.eval.batch = 40, 96, 40
     c.eval.kl_prompts = 8

@@ -185,7 +185,7 @@ class Export:
 class Compare:
     """Twins, trained afterwards at equal total FLOPs, scoring counted, and reported beside it."""
 
-    uniform: bool = False  # DPO on everything drawn
+    uniform: bool = False  # DPO on everything drawn; idle where the run itself is that
     random: bool = False  # the same curriculum and keep share, chosen at random
 
 
@@ -407,6 +407,8 @@ def _settle(run: Run) -> Run:
         changes["selection.refresh"] = REFRESH if scored else 0.0
     if not run.selection.guard:  # plain DPO trains on everything, unless told otherwise
         changes["selection.guard"] = "off" if plain else "auto"
+    if plain:  # a config that compares a selection with plain DPO turns into it by one setting
+        changes["compare.uniform"] = False
     return replace(run, **changes)
 
 
@@ -482,12 +484,11 @@ def _check_guard(run: Run) -> None:
             f"config.eval.kl_limit={run.eval.kl_limit} is held against eval_kl_per_token, which "
             f"eval.kl_prompts=0 leaves out. Set kl_prompts to 32, or kl_limit to 0."
         )
-    for twin in ("uniform", "random"):
-        if getattr(run.compare, twin) and name == twin:
-            raise ValueError(
-                f"config.compare.{twin}=True compares selection.name={name!r} with itself. Set "
-                f"compare.{twin} to False."
-            )
+    if run.compare.random and name == "random":
+        raise ValueError(
+            "config.compare.random=True compares selection.name='random' with itself. Set "
+            "compare.random to False."
+        )
 
 
 def _check_rule(run: Run) -> None:

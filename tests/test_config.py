@@ -1,16 +1,71 @@
 """Settings: every bad value is named with its key, its rule and a way out."""
 
+import pathlib
+
 import pytest
 
+from sage_jax import __main__ as launcher
 from sage_jax import config
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 
-def test_defaults_resolve_to_the_declared_run_but_for_the_value_that_follows_the_selection():
+
+# What is left to the selection, as it is declared: sharpness, guard, pool size, refresh.
+FOLLOWS = {
+    "curriculum.sharpness": -1.0, "selection.guard": "", "curriculum.pool_size": -1,
+    "selection.refresh": -1.0,
+}  # fmt: skip
+
+
+def followed(**changes):
+    run = config.replace(config.Run(), **changes)
+    flat = config.flatten(config.as_dict(config.resolve(config.as_dict(run))))
+    return [flat[key] for key in FOLLOWS]
+
+
+def test_defaults_resolve_to_the_declared_run_but_for_what_follows_the_selection():
     run = config.resolve(config.default())
-    followed = {"curriculum.sharpness": -1.0, "selection.guard": ""}
-    assert config.replace(run, **followed) == config.Run()
-    uniform = config.resolve({"selection": {"name": "uniform"}})
-    assert uniform.curriculum.sharpness == 0.0 and run.curriculum.sharpness == 1.0
+    assert config.replace(run, **FOLLOWS) == config.Run()
+    chosen = run.selection
+    assert (chosen.name, chosen.keep, chosen.uniform_share) == ("sage", 0.33, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({}, [1.0, "auto", 16 * 128, 0.2]),
+        ({"train.batch_pairs": 8}, [1.0, "auto", 16 * 8, 0.2]),
+        ({"selection.name": "gradient"}, [1.0, "auto", 16 * 128, 0.2]),
+        # Rules that read no scores gain nothing from short rounds; plain DPO knows no curriculum.
+        ({"selection.name": "uniform"}, [0.0, "off", 0, 0.0]),
+        ({"selection.name": "random"}, [1.0, "auto", 0, 0.0]),
+        ({"selection.name": "max_curvature"}, [1.0, "auto", 16 * 128, 0.2]),
+        ({"selection.name": "easy_half"}, [1.0, "auto", 0, 0.0]),
+    ],
+)
+def test_settings_that_are_left_to_the_selection_follow_it(changes, found):
+    assert followed(**changes) == found
+
+
+@pytest.mark.parametrize("name", ["sage", "random", "uniform"])
+def test_a_value_that_is_given_wins_over_what_the_selection_would_take(name):
+    given = {"curriculum.sharpness": 0.5, "selection.guard": "suspects",
+             "curriculum.pool_size": 700, "selection.refresh": 0.0}  # fmt: skip
+    assert followed(**given, **{"selection.name": name}) == list(given.values())
+    assert followed(**given | {"curriculum.pool_size": 0})[2] == 0  # the whole data set, asked for
+    assert followed(**given | {"selection.refresh": 1.0})[3] == 1.0
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("[!_]*.py")), ids=lambda p: p.stem)
+def test_every_shipped_config_turns_into_plain_dpo_by_one_setting(path):
+    words = ["train", f"--config={path}", "--config.selection.name=uniform"]
+    run = config.resolve(launcher.parse(words)[1])
+    assert config.kept_share(run) == 1.0 and run.selection.guard == "off"
+    assert not config.needs_scores(run) and run.selection.refresh == 0.0
+    assert run.curriculum.sharpness == 0.0
+    assert not run.compare.uniform  # it would be its own twin
+    # Where new pairs are sampled between rounds, a pool says how long these are.
+    assert (run.curriculum.pool_size == 0) == (run.rounds.resample == 0)
 
 
 @pytest.mark.parametrize(
@@ -25,14 +80,18 @@ def test_defaults_resolve_to_the_declared_run_but_for_the_value_that_follows_the
         ({"selection": {"keep": 0.0}}, r"config.selection.keep=0.0 has to be in \(0, 1\]"),
         ({"selection": {"keep": 1.1}}, r"config.selection.keep=1.1 has to be in \(0, 1\]"),
         ({"optimm": {"lr": 1.0}}, r"config.optimm.lr is not .* nearest is config.optim.lr"),
-        ({"curriculum": {"pool_size": 100}}, r"keeps 50.0 pairs of a pool of 100.*size to 256"),
+        ({"curriculum": {"pool_size": 100}}, r"keeps 33.0 pairs of a pool of 100.*size to 388"),
         ({"loss": {"name": "ipo", "label_smoothing": 0.1}}, r"label_smoothing=0.1 does nothing"),
         ({"loss": {"gamma": 1.0}}, r"config.loss.gamma=1.0 does nothing for loss.name='sigmoid'"),
         ({"selection": {"name": "uniform", "soft": 1.0}}, r"selection.soft=1.0 weighs .* by score"),
         ({"selection": {"refresh": 1.5}}, r"config.selection.refresh=1.5 has to be in \[0, 1\]"),
         ({"selection": {"refresh": 0.5, "name": "random"}}, r"which selection.name='random' does"),
-        ({"selection": {"scoring_dtype": "bfloat16"}}, r"with selection.refresh=0 there is none"),
-        ({"selection": {"scoring_tokens": 8}}, r"with selection.refresh=0 there is none"),
+        ({"selection": {"refresh": 0, "scoring_dtype": "bfloat16"}}, r"refresh=0 there is none"),
+        ({"selection": {"name": "random", "scoring_dtype": "bfloat16"}}, r"refresh=0 there is no"),
+        ({"selection": {"refresh": 0, "scoring_tokens": 8}}, r"refresh=0 there is none"),
+        ({"selection": {"scoring_tokens": 8}}, r"first tokens.*refresh=1"),
+        ({"selection": {"refresh": -0.5}}, r"config.selection.refresh=-0.5 has to be in \[0, 1\]"),
+        ({"curriculum": {"pool_size": -2}}, r"config.curriculum.pool_size=-2 has to be 0 or more"),
         ({"selection": {"refresh": 1, "scoring_dtype": "float16"}}, r"scoring_dtype='float16'"),
         ({"selection": {"refresh": 0.5, "scoring_tokens": 8}}, r"first tokens.*refresh=1"),
         ({"selection": {"refresh": 1, "scoring_tokens": 8, "stability": "rounds"}}, r"'rounds'"),
@@ -80,8 +139,6 @@ def test_every_setting_is_described_with_its_default():
 
 def test_every_setting_is_read_by_something():
     """A key that no module reads is a promise that nobody keeps."""
-    import pathlib
-
     root = pathlib.Path(config.__file__).parent
     source = "\n".join(path.read_text() for path in root.rglob("*.py") if path.name != "config.py")
     for key in config.flatten(config.default()):

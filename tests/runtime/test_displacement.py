@@ -137,6 +137,7 @@ SMALL = {
     "train.steps": 24, "train.batch_pairs": 8, "curriculum.pool_size": 48, "checkpoint.every": 100,
     "compare.uniform": False, "data.limit": 200, "loss.nll_weight": 0.0, "loss.nll_auto": 1.0,
     "loss.displacement_limit": 0.02, "optim.lr": 2e-3, "optim.warmup": 0.0,
+    "selection.keep": 0.5, "selection.uniform_share": 0.5, "selection.refresh": 0.0,
 }  # fmt: skip
 
 

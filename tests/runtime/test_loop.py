@@ -23,6 +23,7 @@ SMALL = {
     "eval.count": 16, "eval.every": 4, "eval.batch": 16, "compare.uniform": False,
     "data.limit": 200, "loss.beta": 0.5, "loss.nll_weight": 0.0, "optim.lr": 1e-4,
     "eval.kl_prompts": 4,
+    "selection.keep": 0.5, "selection.uniform_share": 0.5, "selection.refresh": 0.0,
 }  # fmt: skip
 
 

@@ -37,6 +37,7 @@ SMALL = {
     "train.steps": 12, "train.batch_pairs": 8, "curriculum.pool_size": 32, "checkpoint.every": 3,
     "eval.count": 16, "eval.every": 0, "eval.batch": 64, "data.limit": 100, "optim.lr": 2e-4,
     "rounds.resample": 2, "sample.count": 24, "sample.per_problem": 4,
+    "selection.keep": 0.5, "selection.uniform_share": 0.5, "selection.refresh": 0.0,
 }  # fmt: skip
 
 

@@ -18,7 +18,7 @@ SMALL = {
     "train.steps": 8, "train.batch_pairs": 8, "curriculum.pool_size": 48, "checkpoint.every": 100,
     "data.limit": 120, "loss.beta": 0.5, "loss.nll_weight": 0.0, "optim.lr": 3e-4,
     "compare.uniform": False, "curriculum.strata": 1, "curriculum.sharpness": 0.0,
-    "selection.uniform_share": 0.0,
+    "selection.keep": 0.5, "selection.uniform_share": 0.0, "selection.refresh": 0.0,
 }  # fmt: skip
 
 

@@ -4,153 +4,79 @@
     python benchmarks/quickstart_compare.py --world=fresh --seeds=0,1,2,3,4 --out=OUT.json
 
 All methods start from one decoder and one set of pairs and take the same number of optimizer steps;
-every point of a curve carries the steps, pairs and total FLOPs (scoring counted) behind it.
-Differences are paired by seed. With the decoder and pairs of the package a seed changes the order
-of the data and the held-out problems. With `--world=fresh` it is a world of its own: a new faulty
-teacher, a decoder supervised by it, and pairs sampled from that decoder (three minutes more each).
+every point of a curve carries the steps, pairs, total FLOPs and device seconds (scoring counted)
+behind it. Differences are paired by seed. With the decoder and pairs of the package a seed changes
+the order of the data and the held-out problems. With `--world=fresh` it is a world of its own: a
+new faulty teacher, a decoder supervised by it, and pairs sampled from that decoder (three minutes
+more each). Beside OUT.json come OUT.md and OUT.png.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import pathlib
 import sys
 import tempfile
 import time
+from typing import Any
 
-import common
-import numpy as np
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks" / "selection"))
 
-from sage_jax import __main__ as launcher
-from sage_jax import config
-from sage_jax.runtime import modes
+import common  # noqa: E402
+import curves  # noqa: E402
+import lab  # noqa: E402
 
-METHODS = {  # name -> settings besides those of configs/quickstart.py
+METHODS: dict[str, dict[str, Any]] = {  # settings besides those of configs/quickstart.py
     "sage": {},
     "sage_fresh": {"selection.refresh": 1.0},
-    "uniform": {"selection.name": "uniform", "curriculum.sharpness": 0.0},
+    "sage_memory": {"selection.refresh": 0.0},
+    "uniform": {"selection.name": "uniform"},
     "random": {"selection.name": "random", "curriculum.sharpness": 0.0},
     "gradient": {"selection.name": "gradient", "selection.uniform_share": 0.0,
                  "curriculum.sharpness": 0.0, "selection.margin": "reward"},
 }  # fmt: skip
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+RUN: dict[str, Any] = {"compare.uniform": False, "eval.kl_prompts": 0}  # of every method
+COLUMNS = {  # of the table: what `curves.compare` found, its heading, and whether it has a sign
+    "accuracy_before": ("before", False),
+    "accuracy_after": ("after", False),
+    "minus_uniform_over_step": ("− uniform, mean over steps", True),
+    "minus_uniform_over_flops": ("− uniform, mean over FLOPs", True),
+    "step_to_95": ("steps to 95 % of uniform's best gain", False),
+    "flops_to_95": ("FLOPs for that", False),
+}
 
 
-def load(name: str, overrides: dict[str, object]) -> config.Run:
-    _, found, _ = launcher.parse(["train", f"--config={ROOT / 'configs' / name}.py"])
-    return config.replace(config.resolve(found), **overrides)
-
-
-def make_world(directory: pathlib.Path, seed: int) -> dict[str, object]:
+def make_world(directory: pathlib.Path, seed: int) -> dict[str, Any]:
     """Supervises a decoder on a new teacher and samples pairs from it; returns settings."""
-    base = load("quickstart_base", {"seed": seed, "eval.count": 8})
-    if not (directory / "pairs" / "pairs.jsonl").exists():
-        modes.sft(base, directory / "base")
-        sampling = config.replace(base, **{"model.path": str(directory / "base" / "export")})
-        modes.sample(sampling, directory / "pairs")
-    return {
+    from sage_jax.runtime import modes
+
+    base = {"seed": seed, "eval.count": 8}
+    found = {
         "model.path": str(directory / "base" / "export"),
         "data.train": str(directory / "pairs" / "pairs.jsonl"),
     }
+    if not pathlib.Path(found["data.train"]).exists():
+        modes.sft(lab.load("quickstart_base", base), directory / "base")
+        sampling = lab.load("quickstart_base", base | {"model.path": found["model.path"]})
+        modes.sample(sampling, directory / "pairs")
+    return found
 
 
-def curve(rows: list[dict]) -> list[dict[str, float]]:
-    keys = {"step": "step", "pairs": "pairs", "flops": "flops", "accuracy": "eval_accuracy"}
-    return [{k: row[v] for k, v in keys.items()} for row in rows if "eval_accuracy" in row]
+def train(settings: dict[str, Any], workdir: pathlib.Path) -> list[curves.Point]:
+    """The curve of one run."""
+    from sage_jax.runtime import modes
+
+    modes.train(lab.load("quickstart", settings), workdir)
+    if not (workdir / "summary.json").exists():
+        sys.exit("stopped before the end; nothing was written")
+    with (workdir / "metrics.jsonl").open() as lines:
+        return curves.points([json.loads(line) for line in lines])
 
 
-def area(points: list[dict[str, float]], axis: str, upto: float) -> float:
-    """Mean accuracy over an axis, up to a bound that all methods reach."""
-    x = np.array([p[axis] for p in points])
-    y = np.array([p["accuracy"] for p in points])
-    grid = np.linspace(0, upto, 201)
-    return float(np.interp(grid, x, y).mean())
-
-
-def first_at(points: list[dict[str, float]], axis: str, level: float) -> float | None:
-    """Where a curve first reaches a level, interpolated; None if it does not."""
-    for before, after in itertools.pairwise(points):
-        if after["accuracy"] >= level:
-            rise = after["accuracy"] - before["accuracy"]
-            part = (level - before["accuracy"]) / rise if rise > 0 else 0.0
-            return before[axis] + max(part, 0.0) * (after[axis] - before[axis])
-    return None
-
-
-def setting(change: str) -> tuple[str, object]:
-    """A `key=value` of the command line; values are JSON, or text."""
-    key, _, value = change.partition("=")
-    try:
-        return key, json.loads(value)
-    except json.JSONDecodeError:
-        return key, value
-
-
-def mean_error(values: list[float]) -> dict[str, float]:
-    error = float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
-    return {"mean": float(np.mean(values)), "standard_error": error}
-
-
-def summarise(runs: dict[str, dict[int, list[dict]]]) -> dict[str, dict]:
-    """Per method: areas, final accuracy, and what it takes to reach 95 % of uniform's best gain."""
-    table: dict[str, dict] = {}
-    for name, by_seed in runs.items():
-        row: dict[str, list[float]] = {}
-        for seed, points in by_seed.items():
-            uniform = runs["uniform"][seed]
-            steps = min(points[-1]["step"], uniform[-1]["step"])
-            flops = min(points[-1]["flops"], uniform[-1]["flops"])
-            start = uniform[0]["accuracy"]
-            level = start + 0.95 * (max(p["accuracy"] for p in uniform) - start)
-            for axis, upto in (("step", steps), ("flops", flops)):
-                mine, theirs = area(points, axis, upto), area(uniform, axis, upto)
-                row.setdefault(f"accuracy_over_{axis}s".replace("flopss", "flops"), []).append(mine)
-                row.setdefault(f"difference_over_{axis}s".replace("flopss", "flops"), []).append(
-                    mine - theirs
-                )
-                reach, needs = first_at(points, axis, level), first_at(uniform, axis, level)
-                if reach is not None and needs:
-                    key = f"{axis}s_relative_to_uniform".replace("flopss", "flops")
-                    row.setdefault(key, []).append(reach / needs)
-            row.setdefault("accuracy_before", []).append(start)
-            row.setdefault("accuracy_after", []).append(points[-1]["accuracy"])
-        table[name] = {k: mean_error(v) | {"seeds": len(v)} for k, v in row.items()}
-    return table
-
-
-def plot(runs: dict[str, dict[int, list[dict]]], path: pathlib.Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), sharey=True, layout="constrained")
-    labels = {"step": "optimizer steps", "pairs": "pairs trained", "flops": "total TFLOPs"}
-    for axis, (key, label) in zip(axes, labels.items(), strict=True):
-        for name, by_seed in runs.items():
-            scale = 1e12 if key == "flops" else 1.0
-            upto = min(points[-1][key] for points in by_seed.values())
-            grid = np.linspace(0, upto, 101)
-            each = np.array([
-                np.interp(grid, [p[key] for p in points], [p["accuracy"] for p in points])
-                for points in by_seed.values()
-            ])  # fmt: skip
-            mean = each.mean(axis=0)
-            (line,) = axis.plot(grid / scale, mean, label=name)
-            if len(each) > 1:
-                error = each.std(axis=0, ddof=1) / np.sqrt(len(each))
-                axis.fill_between(grid / scale, mean - error, mean + error, alpha=0.15,
-                                  color=line.get_color(), linewidth=0)  # fmt: skip
-        axis.set_xlabel(label)
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("held-out greedy accuracy")
-    axes[-1].legend(frameon=False)
-    figure.savefig(path, dpi=130)
-
-
-def main() -> None:
+def arguments() -> tuple[argparse.Namespace, dict[str, dict[str, Any]]]:
+    """The command line, and the methods that it asks for."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--methods", default=",".join(METHODS))
@@ -164,53 +90,55 @@ def main() -> None:
     parser.add_argument("--worlds", default="", help="directory where worlds are kept")
     parser.add_argument("--out", default="")
     args = parser.parse_args()
-    known = dict(METHODS)
+    variants = {}
     for variant in args.variant:
         name, _, changes = variant.partition(":")
-        known[name] = dict(setting(change) for change in changes.split(","))
-    methods = [*args.methods.split(","), *(set(known) - set(METHODS))]
-    if "uniform" not in methods or set(methods) - set(known):
+        variants[name] = dict(lab.setting(change) for change in changes.split(","))
+    known, names = METHODS | variants, [*args.methods.split(","), *variants]
+    if "uniform" not in names or set(names) - set(known):
         parser.error(f"--methods must hold uniform and be among {', '.join(METHODS)}")
+    return args, {name: known[name] for name in names}
 
-    shared: dict[str, object] = {"eval.split": args.split, "compare.uniform": False}
+
+def main() -> None:
+    args, methods = arguments()
+    shared = RUN | {"eval.split": args.split}
     if args.steps:
         shared["train.steps"] = args.steps
     if args.lr:
         shared["optim.lr"] = args.lr
-    shared |= dict(setting(change) for change in args.set)
-    runs: dict[str, dict[int, list[dict]]] = {name: {} for name in methods}
+    shared |= dict(lab.setting(change) for change in args.set)
+    found: dict[str, dict[int, list[curves.Point]]] = {name: {} for name in methods}
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     with tempfile.TemporaryDirectory() as scratch:
         worlds = pathlib.Path(args.worlds or scratch)
-        for seed in map(int, args.seeds.split(",")):
+        for seed in lab.numbers(args.seeds):
             settings = shared | {"seed": seed, "eval.seed": seed}
             if args.world == "fresh":
                 settings |= make_world(worlds / f"world_{seed}", seed)
-            for name in methods:
+            for name, changes in methods.items():
                 start = time.perf_counter()
-                run = load("quickstart", settings | known[name])
                 workdir = pathlib.Path(scratch) / f"{name}_{seed}"
-                modes.train(run, workdir)
-                if not (workdir / "summary.json").exists():
-                    sys.exit("stopped before the end; nothing was written")
-                rows = [json.loads(x) for x in (workdir / "metrics.jsonl").open()]
-                runs[name][seed] = curve(rows)
+                found[name][seed] = train(settings | changes, workdir)
                 seconds[name].append(time.perf_counter() - start)
-                print(f"seed {seed} {name}: {runs[name][seed][-1]}", file=sys.stderr, flush=True)
-    table = summarise(runs)
-    common.write(args.out, {
-        "question": __doc__.split("\n")[0],
-        "world": args.world,
-        "settings": {k: str(v) for k, v in shared.items()},
-        "summary": table,
-        "seconds": seconds,
-        "curves": {name: {str(s): c for s, c in by.items()} for name, by in runs.items()},
-    })  # fmt: skip
+                print(f"seed {seed} {name}: {found[name][seed][-1]}", file=sys.stderr, flush=True)
+    summary = {name: curves.compare(by_seed, found["uniform"]) for name, by_seed in found.items()}
+    rows = [
+        [name, *(curves.text(row.get(key), sign=sign) for key, (_, sign) in COLUMNS.items())]
+        for name, row in summary.items()
+    ]
+    table = curves.markdown(["method", *(title for title, _ in COLUMNS.values())], rows)
+    result = {
+        "world": args.world, "settings": shared, "methods": methods, "summary": summary,
+        "seconds": seconds, "curves": found,
+    }  # fmt: skip
     if args.out:
-        plot(runs, pathlib.Path(args.out).with_suffix(".png"))
-    for name, row in table.items():
-        print(name, {k: (round(v["mean"], 4), v["standard_error"] and round(v["standard_error"], 4))
-                     for k, v in row.items()}, file=sys.stderr)  # fmt: skip
+        lab.write(args.out, __doc__.split("\n")[0], [table], result)
+        path = pathlib.Path(args.out).with_suffix(".png")
+        curves.plot({"arithmetic": found}, path, ("step", "pairs", "flops"))
+    else:
+        common.write("", {"question": __doc__.split("\n")[0]} | result)
+    print(table, file=sys.stderr)
 
 
 if __name__ == "__main__":

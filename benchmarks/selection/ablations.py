@@ -13,9 +13,9 @@ import json
 import pathlib
 from typing import Any
 
-import curves
 import lab
 import small
+from lab import curves
 
 GROUPS: dict[str, dict[str, dict[str, Any]]] = {
     "keep share": {f"keep {k}": {"selection.keep": k} for k in (0.2, 0.33, 0.5)},

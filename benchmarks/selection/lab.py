@@ -188,7 +188,10 @@ def run_job(scratch: pathlib.Path, job: Job) -> dict[str, Any]:
     run = load("quickstart", settings)
     # All settings, so that a changed default is another run.
     key = hashlib.blake2b(repr(run).encode(), digest_size=10).hexdigest()
-    record, workdir = scratch / "runs" / f"{key}.json", scratch / "workdirs" / key
+    record, workdir = (
+        scratch / "runs" / f"{key}.json",
+        scratch / "workdirs" / f"{key}.{os.getpid()}",
+    )
     if record.exists():
         return json.loads(record.read_text())
     shutil.rmtree(workdir, ignore_errors=True)

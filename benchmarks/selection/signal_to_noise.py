@@ -18,9 +18,9 @@ import os
 import pathlib
 from typing import Any
 
-import curves
 import lab
 import numpy as np
+from lab import curves
 
 STAGES = (0, 50, 100)  # uniform steps trained before measuring
 CANDIDATES, HELD_OUT, CHUNK = 800, 800, 40

@@ -15,8 +15,8 @@ import json
 import pathlib
 from typing import Any
 
-import curves
 import lab
+from lab import curves
 
 METHODS: dict[str, dict[str, Any]] = {  # on top of lab.RUN; `sage` is the default configuration
     "uniform": {"selection.name": "uniform"},

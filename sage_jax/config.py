@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import math
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ml_collections import config_dict
@@ -79,7 +79,8 @@ class Selection:
     scoring_dtype: str = ""  # of the matmuls of that pass: bfloat16, or "" = model.dtype
     scoring_tokens: int = 0  # completion tokens of each side that it reads; 0 = all
     margin: str = "likelihood"  # "likelihood": policy alone; "reward": against the reference
-    kappa: float = 2.0  # standard errors added to the margin; 0 when chosen answers are gold
+    # Standard errors added to the margin; -1 = 2 for pairs with a pass_rate, which the policy's own
+    kappa: float = -1.0  # answers were made into (sage-jax sample), 0 for others
     damping: float = 0.1  # delta in signal^2 / (curvature + delta)
     temperature: float = 1.0  # scale of the likelihood margin
     length_normalised: bool = False  # likelihood margin from means over tokens
@@ -227,6 +228,7 @@ RESUMABLE = (
 )
 
 POOL_BATCHES = 16  # what curriculum.pool_size=-1 and selection.refresh=-1 stand for; the tables
+KAPPA = 2.0  # what selection.kappa=-1 stands for with on-policy pairs
 REFRESH = 0.2  # behind them are in benchmarks/results/selection
 
 _CHOICES = {
@@ -524,6 +526,10 @@ def _check_scoring(run: Run) -> None:
     """The settings of the scoring pass say something, and what it computes can be compared."""
     chosen = run.selection
     sources = scores.stability_sources(chosen.stability)
+    if chosen.kappa < 0 and chosen.kappa != -1:
+        raise ValueError(
+            f"config.selection.kappa={chosen.kappa} has to be 0 or more, or -1 to follow the data."
+        )
     if chosen.refresh and not needs_scores(run):
         raise ValueError(
             f"config.selection.refresh={chosen.refresh} scores pairs, which selection.name="
@@ -619,6 +625,29 @@ def needs_scores(run: Run) -> bool:
     False
     """
     return rules.resolve(run.selection.name).scores_with(run.selection.column)
+
+
+def settle_kappa(run: Run, columns: Mapping[str, Any]) -> Run:
+    """The run with `selection.kappa=-1` replaced by what the data call for.
+
+    Pairs made of the policy's own answers carry its `pass_rate`. There the tokens' doubt says which
+    errors are chance. Where the chosen answers come from elsewhere, doubt says less than the margin
+    itself, and ranking by the margin alone did better (benchmarks/results/selection).
+
+    Args:
+        run: the settings.
+        columns: the numeric columns of the data, float [N] each, nan where a row has none.
+
+    >>> settle_kappa(Run(), {"pass_rate": [0.5, 0.25]}).selection.kappa
+    2.0
+    >>> settle_kappa(Run(), {"level": [1.0, 2.0]}).selection.kappa
+    0.0
+    """
+    if run.selection.kappa != -1:
+        return run
+    rate = columns.get("pass_rate")
+    sampled = rate is not None and all(math.isfinite(x) for x in rate)
+    return replace(run, **{"selection.kappa": KAPPA if sampled else 0.0})
 
 
 def kept_share(run: Run) -> float:

@@ -2,6 +2,7 @@
 
 import pathlib
 
+import numpy as np
 import pytest
 
 from sage_jax import __main__ as launcher
@@ -84,6 +85,7 @@ def test_every_shipped_config_turns_into_plain_dpo_by_one_setting(path):
         ({"loss": {"name": "ipo", "label_smoothing": 0.1}}, r"label_smoothing=0.1 does nothing"),
         ({"loss": {"gamma": 1.0}}, r"config.loss.gamma=1.0 does nothing for loss.name='sigmoid'"),
         ({"selection": {"name": "uniform", "soft": 1.0}}, r"selection.soft=1.0 weighs .* by score"),
+        ({"selection": {"kappa": -0.5}}, r"config.selection.kappa=-0.5 has to be 0 or more, or -1"),
         ({"selection": {"refresh": 1.5}}, r"config.selection.refresh=1.5 has to be in \[0, 1\]"),
         ({"selection": {"refresh": 0.5, "name": "random"}}, r"which selection.name='random' does"),
         ({"selection": {"refresh": 0, "scoring_dtype": "bfloat16"}}, r"refresh=0 there is none"),
@@ -151,3 +153,12 @@ def test_a_resumed_run_may_change_housekeeping_but_not_the_objective():
     old = config.as_dict(config.Run())
     new = config.as_dict(config.replace(config.Run(), **{"loss.beta": 0.2, "checkpoint.every": 7}))
     assert config.changed_keys(old, new) == {"loss.beta": (0.1, 0.2)}
+
+
+def test_doubt_counts_where_the_policy_itself_wrote_the_pairs():
+    rates = {"pass_rate": np.array([0.5, 0.125])}
+    gaps = {"pass_rate": np.array([0.5, np.nan])}  # merged with pairs from elsewhere
+    assert config.settle_kappa(config.resolve({}), rates).selection.kappa == 2.0
+    assert config.settle_kappa(config.resolve({}), gaps).selection.kappa == 0.0
+    told = config.resolve({"selection": {"kappa": 1.0}})
+    assert config.settle_kappa(told, rates) == told

@@ -87,6 +87,7 @@ class Trainer:
         """
         self.began = time.perf_counter() if began is None else began
         self.earlier = 0.0
+        run = config.settle_kappa(run, pairs.columns)
         self.run, self.workdir, self.label = run, workdir, label
         self.policy, self.passes, self.pairs = policy, passes, pairs
         self.start, self.reference, self.evaluate = start, reference, evaluate

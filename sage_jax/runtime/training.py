@@ -207,6 +207,12 @@ def _describe(run: config.Run, parts: _Parts, workdir: pathlib.Path) -> None:
         every, source = run.rounds.resample, config.sample_source(run)
         text = f"every {every} rounds, from {run.sample.count} problems of {source}"
         lines.append(("new pairs", f"{text}, {run.sample.per_problem} answers each"))
+    if config.needs_scores(run):
+        kappa = config.settle_kappa(run, pairs.columns).selection.kappa
+        text = f"{run.selection.name}, kappa {kappa:g}"
+        if run.selection.kappa == -1:
+            text += ", as the pairs " + ("have" if kappa else "lack") + " a pass_rate"
+        lines.append(("selection", text))
     lines.append(("devices", f"{jax.device_count()} {jax.devices()[0].platform}"))
     lines.append(("workdir", str(workdir)))
     print("\n".join(f"{name:11}{text}" for name, text in lines), flush=True)

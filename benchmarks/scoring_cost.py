@@ -42,7 +42,7 @@ from sage_jax.runtime import mesh as meshes
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 WAYS: dict[str, dict[str, Any]] = {  # settings of config.selection; capped ones come with the data
-    "memory": {},
+    "memory": {"refresh": 0.0},
     "refresh_25": {"refresh": 0.25},
     "refresh_50": {"refresh": 0.5},
     "refresh_100": {"refresh": 1.0},
@@ -61,7 +61,7 @@ class Job(NamedTuple):
 
 
 def make_job(run: config.Run, policy: setup.Policy, pairs: encode.EncodedPairs) -> Job:
-    mesh = meshes.make_mesh()
+    run, mesh = config.settle_kappa(run, pairs.columns), meshes.make_mesh()
     passes = forward.Passes(policy, mesh, setup.row_shape(run, pairs.lengths_N2, mesh))
     return Job(
         run, policy, passes, pairs, passes.stats(policy.params, pairs, np.arange(len(pairs)))
@@ -79,7 +79,8 @@ def quickstart(args: argparse.Namespace) -> Job:
         },
     )
     policy = setup.load_policy(run, meshes.make_mesh())
-    return make_job(run, policy, setup.load_pairs(run, policy.tokenizer, run.data.train))
+    pairs = setup.load_pairs(run, policy.tokenizer, run.data.train)
+    return make_job(run, policy, pairs)
 
 
 def smollm2(args: argparse.Namespace) -> Job:

@@ -54,7 +54,7 @@ def measure(scratch: str, task: str, seed: int, flips: float, lr: float) -> list
     import jax
     import jax.numpy as jnp
 
-    from sage_jax import step
+    from sage_jax import config, step
     from sage_jax.data import pack
     from sage_jax.runtime import mesh as meshes
     from sage_jax.runtime import setup, state
@@ -67,6 +67,7 @@ def measure(scratch: str, task: str, seed: int, flips: float, lr: float) -> list
     })  # fmt: skip
     tokenizer = setup.load_tokenizer(run)
     pairs = setup.load_pairs(run, tokenizer, run.data.train)
+    run = config.settle_kappa(run, pairs.columns)
     policy = setup.load_policy(run, meshes.make_mesh(1, 1, 1), tokenizer)
     loss, logps_fn = setup.make_loss(run), policy.logps_fn()
     length = -(-int(pairs.lengths_N2.sum(axis=1).max()) // 8) * 8

@@ -70,6 +70,8 @@ def uninterrupted(tmp_path_factory):
 
 def start(workdir, cache):
     env = os.environ | {"SAGE_JAX_CACHE": str(cache), "JAX_PLATFORMS": "cpu"}
+    # Killed, it must not leave half a program for others: it reads what they compiled, no more.
+    env["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = str(2**40)
     # The tests have eight virtual devices; so must the run that is compared with theirs.
     code = (
         "import sys, jax; jax.config.update('jax_num_cpu_devices', 8); "

@@ -278,7 +278,7 @@ def test_a_run_with_partial_refresh_goes_on_bit_for_bit(job, tmp_path):
     ):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
     names = sorted(p.name for p in (tmp_path / "whole/selection").iterdir())
-    assert len(names) == 3
+    assert names == [*(f"round_{n:05d}.jsonl" for n in range(3)), "suspects.jsonl"]
     for name in names:
         one, two = (
             writers.read_rows(tmp_path / d / "selection" / name) for d in ("whole", "parts")

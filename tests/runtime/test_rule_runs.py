@@ -19,6 +19,7 @@ SMALL = {
     "data.limit": 120, "loss.beta": 0.5, "loss.nll_weight": 0.0, "optim.lr": 3e-4,
     "compare.uniform": False, "curriculum.strata": 1, "curriculum.sharpness": 0.0,
     "selection.keep": 0.5, "selection.uniform_share": 0.0, "selection.refresh": 0.0,
+    "selection.kappa": 2.0,
 }  # fmt: skip
 
 

@@ -74,7 +74,7 @@ class Selection:
     keep: float = 0.33  # share of the pool that is trained on; "uniform" takes all of it
     uniform_share: float = 0.0  # share of the kept pairs drawn uniformly, whatever their score
     refresh: float = -1.0  # share of the pool that a forward pass scores before each round, the
-    # longest unseen pairs first; 0 = remembered margins alone, 1 = the whole pool afresh; -1 = 0.2
+    # longest unseen pairs first; 0 = remembered margins alone, 1 = the whole pool afresh; -1 = 3/16
     # for a rule that reads scores, 0 for others
     scoring_dtype: str = ""  # of the matmuls of that pass: bfloat16, or "" = model.dtype
     scoring_tokens: int = 0  # completion tokens of each side that it reads; 0 = all
@@ -229,7 +229,9 @@ RESUMABLE = (
 
 POOL_BATCHES = 16  # what curriculum.pool_size=-1 and selection.refresh=-1 stand for; the tables
 KAPPA = 2.0  # what selection.kappa=-1 stands for with on-policy pairs
-REFRESH = 0.2  # behind them are in benchmarks/results/selection
+REFRESH = (
+    0.1875  # three of the 16 batches; the tables behind them are in benchmarks/results/selection
+)
 
 _CHOICES = {
     "model.dtype": ("float32", "bfloat16"),

@@ -4,9 +4,10 @@
     python benchmarks/selection/small.py                # then once on the test split, fresh seeds
 
 Every method starts from the same decoder and pairs, takes the same number of optimizer steps and
-has the same grid of learning rates. `--choose` picks the rate of each (task, method) by its mean
+has the same grid of learning rates. `--choose` finds the rate of each (task, method) by its mean
 accuracy over steps on validation seeds and problems, without label noise, and writes it to
-results/selection/small_rates.json; the main command uses it. Differences are paired by seed.
+results/selection/small_rates.json. The main command trains every method at the rate that is best
+for uniform, and besides at its own where that is another. Differences are paired by seed.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ METHODS: dict[str, dict[str, Any]] = {  # on top of lab.RUN; `sage` is the defau
 }  # fmt: skip
 PAIRS = {"static": {"chosen": "static"}}  # other pairs than the world's
 RATES = (4e-5, 8e-5, 1.6e-4)
-UNGUARDED = ", no guard"
+OWN, UNGUARDED = ", own rate", ", no guard"
 RATES_FILE = lab.RESULTS / "small_rates.json"
 
 
@@ -40,25 +41,30 @@ def jobs_of(args, seeds: list[int], rates: dict[str, dict[str, float]]) -> dict[
     """(condition, task, method, seed) -> job."""
     found = {}
     for task in args.task.split(","):
-        for seed in seeds:
-            for condition, methods in conditions(args.methods.split(",")).items():
-                for name, (settings, more) in methods.items():
-                    lr = rates[task][name.removesuffix(UNGUARDED)]
-                    changed = settings | {"train.steps": args.steps, "optim.lr": lr}
-                    found[condition, task, name, seed] = lab.job(task, seed, changed, **more)
+        for condition, methods in conditions(args.methods.split(","), rates[task]).items():
+            for name, (settings, more) in methods.items():
+                own = rates[task][name.removesuffix(OWN)] if name.endswith(OWN) else None
+                changed = {"train.steps": args.steps, "optim.lr": own or rates[task]["uniform"]}
+                for seed in seeds:
+                    job = lab.job(task, seed, settings | changed, **more)
+                    found[condition, task, name, seed] = job
     return found
 
 
-def conditions(methods: list[str]) -> dict[str, dict[str, tuple[dict, dict]]]:
-    """What is compared under which kind of pairs."""
+def conditions(
+    methods: list[str], rates: dict[str, float]
+) -> dict[str, dict[str, tuple[dict, dict]]]:
+    """What is compared under which kind of pairs: settings, and what else makes the job."""
     plain = {name: (METHODS[name], PAIRS.get(name, {})) for name in methods}
     few = {name: plain[name] for name in ("uniform", "sage") if name in plain}
-    found = {"on-policy": plain, "exact chosen": {n: (s, {"chosen": "exact"}) for n, (s, _) in
-                                                  few.items()}}  # fmt: skip
+    own = {n + OWN: plain[n] for n in methods if rates[n] != rates["uniform"]}
+    found = {"on-policy": plain | own}
+    found["exact chosen"] = {n: (s, {"chosen": "exact"}) for n, (s, _) in few.items()}
     for flips in (0.1, 0.2):
         noisy = {name: (settings, {"flips": flips}) for name, (settings, _) in few.items()}
-        off = METHODS["sage"] | {"selection.guard": "off"}
-        noisy["sage" + UNGUARDED] = (off, {"flips": flips})
+        if "sage" in few:
+            off = METHODS["sage"] | {"selection.guard": "off"}
+            noisy["sage" + UNGUARDED] = (off, {"flips": flips})
         found[f"{flips:.0%} flipped"] = noisy
     return found
 

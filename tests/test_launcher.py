@@ -401,5 +401,9 @@ def test_sft_learns_a_users_own_rows(rows, tmp_path):
     assert launcher.main(["sft", CONFIG, "--workdir=run", *settings(**changes)]) == 0
     losses = [row["loss"] for row in writers.read_rows(tmp_path / "run/metrics.jsonl")[:-1]]
     assert losses[-1] < losses[0]
+    logs = sorted(path.name for path in (tmp_path / "run/selection").iterdir())
+    assert logs == [f"round_{n:05d}.jsonl" for n in range(2)]  # and nobody is suspected
+    for row in writers.read_rows(tmp_path / "run/selection" / logs[-1]):
+        assert row["selected"] and row["why"] == "all"
     model, params = models.load(tmp_path / "run/export")
     assert np.isfinite(model.logits(params, jnp.array([[1, 2, 3]]))).all()

@@ -26,8 +26,9 @@ def sft(run: config.Run, workdir: pathlib.Path | None) -> int:
             f"config.rounds.resample={run.rounds.resample} makes pairs, and `sage-jax sft` trains "
             f"on single answers. Set it to 0, or use the mode train."
         )
-    run = config.replace(
+    run = config.replace(  # single answers have no margin to select, guard or weigh by
         run, **{"loss.name": "sft", "selection.name": "uniform", "curriculum.sharpness": 0.0,
+                "selection.guard": "off", "selection.refresh": 0.0, "selection.soft": 0.0,
                 "compare.uniform": False, "compare.random": False, "eval.kl_prompts": 0},
     )  # fmt: skip
     return training.fit(run, training.open_workdir(run, workdir, "sft"), "sft")

@@ -25,7 +25,7 @@ def test_the_mean_curve_of_sage_lies_above_that_of_uniform(tmp_path):
     sage, uniform = found["summary"]["sage"], found["summary"]["uniform"]
     assert sage["accuracy_before"] == uniform["accuracy_before"]
     assert sage["minus_uniform_over_step"]["mean"] > 0
-    assert sage["minus_uniform_over_flops"]["mean"] > 0  # a fifth of each pool scored, counted
+    assert sage["minus_uniform_over_flops"]["mean"] > 0  # with what scoring costs
     assert uniform["minus_uniform_over_step"]["mean"] == 0
     for curves in found["curves"].values():
         for points in curves.values():

@@ -227,11 +227,10 @@ RESUMABLE = (
     "export.",
 )
 
-POOL_BATCHES = 16  # what curriculum.pool_size=-1 and selection.refresh=-1 stand for; the tables
-KAPPA = 2.0  # what selection.kappa=-1 stands for with on-policy pairs
-REFRESH = (
-    0.1875  # three of the 16 batches; the tables behind them are in benchmarks/results/selection
-)
+# What -1 stands for, with the tables behind it in benchmarks/results/selection.
+POOL_BATCHES = 16  # curriculum.pool_size, for a rule that reads scores
+REFRESH = 3 / 16  # selection.refresh, for such a rule: three of these batches
+KAPPA = 2.0  # selection.kappa, for on-policy pairs
 
 _CHOICES = {
     "model.dtype": ("float32", "bfloat16"),

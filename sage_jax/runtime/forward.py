@@ -134,7 +134,10 @@ class Scorer:
     ):
         self.run, self.loss, self.reference_N2 = run, loss, reference_N2
         self.passes, self.pairs = passes, pairs
-        self.score_fn = setup.make_score_fn(run, loss)
+        # Dozens of small operations, which take as long as a batch when they are not one program.
+        self.score_fn = jax.jit(setup.make_score_fn(run, loss))
+        self.rescore = jax.jit(rounds.make_rescore_fn(run, loss))
+        self._sizes: set[int] = set()  # of passes whose scores have been compiled
         if run.selection.scoring_tokens:
             self.pairs = setup.first_tokens(pairs, run.selection.scoring_tokens)
             shape = setup.row_shape(run, self.pairs.lengths_N2, passes.mesh)
@@ -172,6 +175,7 @@ class Scorer:
             params, self.pairs, index,
             logit_norm="logit_norm" in chosen.stability, light=True, dtype=chosen.scoring_dtype,
         )  # fmt: skip
+        compiling = self.passes.seconds_compiling - before + self._compile(stats, len(index))
         found = jax.device_get(self.score_fn(stats, self.reference_N2[index]))
         whole = self.whole_N[index]
         memory = curriculum.remember(
@@ -180,7 +184,6 @@ class Scorer:
         pairs = self._remembered(memory, index_P)
         if not whole.all():
             pairs = self._capped(pairs, found, place, whole)
-        compiling = self.passes.seconds_compiling - before
         return Scored(
             pairs,
             memory,
@@ -189,8 +192,16 @@ class Scorer:
             compiling,
         )
 
+    def _compile(self, stats: logprobs.SequenceStats, size: int) -> float:
+        """Compiles the scores of a pass of a new size; returns the seconds that took."""
+        start = time.perf_counter()
+        if size not in self._sizes:
+            self._sizes.add(size)
+            self.score_fn(stats, np.zeros((size, 2), np.float32))
+        return time.perf_counter() - start
+
     def _remembered(self, memory: curriculum.Memory, index_P: np.ndarray) -> scores.PairScores:
-        return rounds.remembered_scores(memory, index_P, self.loss, self.run)
+        return rounds.remembered_scores(memory, index_P, self.loss, self.run, self.rescore)
 
     def _capped(
         self, known: scores.PairScores, found: scores.PairScores, place: np.ndarray, whole: Any
@@ -203,8 +214,7 @@ class Scorer:
         margin, error = np.array(known.likelihood_margin), np.array(known.margin_error)
         margin[place[~whole]] = found.likelihood_margin[~whole]
         error[place[~whole]] = found.margin_error[~whole]
-        rescore = rounds.make_rescore_fn(self.run, self.loss)
-        return jax.device_get(rescore(known.reward_margin, margin, error))
+        return jax.device_get(self.rescore(known.reward_margin, margin, error))
 
 
 def stored_stats(

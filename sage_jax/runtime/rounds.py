@@ -89,9 +89,16 @@ def difficulty(
 
 
 def remembered_scores(
-    memory: curriculum.Memory, index_P: np.ndarray, loss: losses.Loss, run: config.Run
+    memory: curriculum.Memory,
+    index_P: np.ndarray,
+    loss: losses.Loss,
+    run: config.Run,
+    rescore: Callable[..., scores.PairScores] | None = None,
 ) -> scores.PairScores:
-    """Scores from the last known margins: no forward pass at all."""
+    """Scores from the last known margins: no forward pass at all.
+
+    `rescore` is `make_rescore_fn(run, loss)`, jitted by a caller who scores many pools of one size.
+    """
     chosen = run.selection
     reward, likelihood = memory.reward_margin[index_P], memory.likelihood_margin[index_P]
     error = memory.margin_error[index_P]
@@ -101,7 +108,8 @@ def remembered_scores(
             memory.mean[index_P], memory.m2[index_P], memory.visits[index_P]
         )
         error = over_rounds if len(sources) == 1 else np.hypot(error, over_rounds)
-    return jax.device_get(make_rescore_fn(run, loss)(reward, likelihood, error))
+    rescore = rescore or make_rescore_fn(run, loss)
+    return jax.device_get(rescore(reward, likelihood, error))
 
 
 def make_rescore_fn(run: config.Run, loss: losses.Loss) -> Callable[..., scores.PairScores]:

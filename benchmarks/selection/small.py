@@ -42,6 +42,8 @@ def jobs_of(args, seeds: list[int], rates: dict[str, dict[str, float]]) -> dict[
     found = {}
     for task in args.task.split(","):
         for condition, methods in conditions(args.methods.split(","), rates[task]).items():
+            if args.conditions and condition not in args.conditions.split(","):
+                continue
             for name, (settings, more) in methods.items():
                 own = rates[task][name.removesuffix(OWN)] if name.endswith(OWN) else None
                 changed = {"train.steps": args.steps, "optim.lr": own or rates[task]["uniform"]}
@@ -146,6 +148,7 @@ def table(found: dict[tuple, lab.Job], done: dict[lab.Job, dict], task: str) -> 
 def main() -> None:
     parser = lab.arguments(__doc__.split("\n")[0], "small.json")
     parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--conditions", default="", help="of the pairs, by comma; all by default")
     parser.add_argument("--choose", action="store_true", help="learning rates, on validation")
     args = parser.parse_args()
     unknown = set(args.methods.split(",")) - set(METHODS)

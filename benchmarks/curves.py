@@ -157,33 +157,52 @@ def plot(
     path: str | pathlib.Path,
     axes: Sequence[str] = ("step", "pairs", "flops", "seconds"),
 ) -> None:
-    """Draws mean accuracy with its standard error: a row a panel, a column an axis."""
+    """Draws mean accuracy: a row a panel, a column an axis, a colour a method.
+
+    Bands are one standard error of the difference to `uniform` paired by key, where there is one:
+    keys differ more among themselves than methods do.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    size = (3.4 * len(axes), 3.1 * len(panels))
+    names = list(dict.fromkeys(name for methods in panels.values() for name in methods))
+    colours = {name: f"C{i}" for i, name in enumerate(names)}
+    size = (3.6 * len(axes), 3.0 * len(panels))
     figure, cells = plt.subplots(
         len(panels), len(axes), figsize=size, sharey="row", layout="constrained", squeeze=False
     )
     for row, (title, methods) in zip(cells, panels.items(), strict=True):
         for cell, key in zip(row, axes, strict=True):
             for name, by_key in methods.items():
-                grid = np.linspace(0, min(curve[-1][key] for curve in by_key.values()), 101)
-                each = np.array([
-                    np.interp(grid, column(curve, key), column(curve, "accuracy"))
-                    for curve in by_key.values()
-                ])  # fmt: skip
-                mean, x = each.mean(axis=0), grid / SCALE.get(key, 1.0)
-                (line,) = cell.plot(x, mean, label=name)
-                if len(each) > 1:
-                    error = each.std(axis=0, ddof=1) / np.sqrt(len(each))
-                    cell.fill_between(x, mean - error, mean + error, alpha=0.15,
-                                      color=line.get_color(), linewidth=0)  # fmt: skip
+                _line(cell, by_key, methods.get("uniform"), key, name, colours[name])
             cell.set_xlabel(AXES[key])
             cell.grid(alpha=0.3)
         row[0].set_ylabel(f"{title}\nheld-out accuracy")
-    cells[0][-1].legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=120)
+    lines = [plt.Line2D([], [], color=colours[name], label=name) for name in names]
+    figure.legend(handles=lines, loc="outside lower center", ncols=len(names), frameon=False)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _line(cell: Any, by_key: Curves, uniform: Curves | None, axis: str, name: str, colour: str):
+    paired = uniform if uniform is not None and name != "uniform" else None
+    among = [*by_key.values(), *(paired.values() if paired else ())]
+    grid = np.linspace(0, min(curve[-1][axis] for curve in by_key.values()), 101)
+    each = np.array([
+        np.interp(grid, column(curve, axis), column(curve, "accuracy"))
+        for curve in by_key.values()
+    ])  # fmt: skip
+    mean, x = each.mean(axis=0), grid / SCALE.get(axis, 1.0)
+    cell.plot(x, mean, color=colour)
+    if paired is None or len(each) < 2:
+        return
+    shared = grid <= min(curve[-1][axis] for curve in among)
+    theirs = np.array([
+        np.interp(grid, column(paired[key], axis), column(paired[key], "accuracy"))
+        for key in by_key
+    ])  # fmt: skip
+    error = (each - theirs).std(axis=0, ddof=1) / np.sqrt(len(each))
+    low, high = (mean - error)[shared], (mean + error)[shared]
+    cell.fill_between(x[shared], low, high, alpha=0.2, color=colour, linewidth=0)

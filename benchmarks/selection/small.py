@@ -170,11 +170,16 @@ def main() -> None:
     lab.write(args.out, __doc__.split("\n")[0], tables, {
         "seeds": seeds, "rates": rates, "methods": METHODS, "summary": values, "curves": by_key,
     })  # fmt: skip
-    panels: dict[str, dict] = {}
-    for (condition, task, name, seed), job in jobs.items():
-        panel = panels.setdefault(f"{task}, {condition}", {})
-        panel.setdefault(name, {})[seed] = done[job]["curve"]
-    curves.plot(panels, pathlib.Path(args.out).with_suffix(".png"), ("step", "flops", "seconds"))
+    out = pathlib.Path(args.out)
+    few = ("uniform", "sage", "random", "static", "sage" + UNGUARDED)
+    for path, wanted in ((out, True), (out.with_stem(out.stem + "_other"), False)):
+        panels: dict[str, dict] = {}
+        for (condition, task, name, seed), job in jobs.items():
+            if (condition == "on-policy") == wanted and name in few:
+                panel = panels.setdefault(f"{task}, {condition}", {})
+                panel.setdefault(name, {})[seed] = done[job]["curve"]
+        if panels:
+            curves.plot(panels, path.with_suffix(".png"), ("step", "flops", "seconds"))
     print("\n\n".join(tables))
 
 

@@ -127,6 +127,8 @@ def table(found: dict[tuple, lab.Job], done: dict[lab.Job, dict], task: str) -> 
             c["scoring_seconds_share"] = curves.mean_error([
                 s["seconds_scoring"] / (s["seconds_scoring"] + s["seconds_training"]) for s in spent
             ])  # fmt: skip
+            if all("flip_share" in s for s in spent):
+                c["estimated_flips"] = curves.mean_error([s["flip_share"] for s in spent])
             values[f"{condition}/{name}"] = c
             rows.append([
                 condition, name,

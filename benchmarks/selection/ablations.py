@@ -19,8 +19,8 @@ from lab import curves
 
 GROUPS: dict[str, dict[str, dict[str, Any]]] = {
     "keep share": {f"keep {k}": {"selection.keep": k} for k in (0.2, 0.33, 0.5)},
-    "standard errors, κ": {f"κ {k:g}": {"selection.kappa": float(k)} for k in (0, 1, 2, 4)},
-    "damping, δ": {f"δ {d:g}": {"selection.damping": d} for d in (0.01, 1.0)},
+    "kappa": {f"κ {k:g}": {"selection.kappa": float(k)} for k in (0, 1, 2, 4)},
+    "delta": {f"δ {d:g}": {"selection.damping": d} for d in (0.01, 1.0)},
     "margin": {
         "likelihood margin": {},
         "per token": {"selection.length_normalised": True},

@@ -95,8 +95,10 @@ def relative_need(method: Curves, uniform: Curves, axis: str, share: float) -> d
     return {"mean": mean, "standard_error": error, "count": len(keys), "lower_bound": not there}
 
 
-def mean_error(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, standard error (None for one value) and count."""
+def mean_error(values: Sequence[float | None]) -> dict[str, Any]:
+    """Mean, standard error (None for one value) and count; no mean where a value is None."""
+    if any(value is None for value in values):
+        return {"mean": None, "standard_error": None, "count": len(values)}
     error = float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
     return {"mean": float(np.mean(values)), "standard_error": error, "count": len(values)}
 
@@ -137,7 +139,7 @@ def compare(method: Curves, uniform: Curves) -> dict[str, Any]:
 
 def text(value: Mapping[str, Any] | None, digits: int = 3, sign: bool = False) -> str:
     """`mean ± standard error` for a table; "-" where nothing was measured."""
-    if value is None:
+    if value is None or value["mean"] is None:
         return "-"
     mean = f"{value['mean']:{'+' if sign else ''}.{digits}f}"
     if value.get("lower_bound"):

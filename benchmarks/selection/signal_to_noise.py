@@ -3,11 +3,11 @@
     python benchmarks/selection/signal_to_noise.py
 
 For pairs that could be trained next, the gradient of each pair's DPO loss is compared with the mean
-gradient over held-out pairs that are never trained: mean dot product of the selected ones over
-their root-mean-square norm, as a ratio to the same of all candidates. At the start, and during
-training on uniform batches. Beside it Spearman's correlation of each score with that dot product,
-and the same with the gradient of the policy's own ranking error, the mean of sigmoid(-u) over
-held-out pairs, u the likelihood margin: what greedy answers depend on.
+gradient over held-out pairs that are never trained: mean dot product of the selected ones (with its
+direction) over their root-mean-square norm, beside the same of all candidates. At the start, and
+during training on uniform batches. Beside it Spearman's correlation of each score with that dot
+product, and the same with the gradient of the policy's own ranking error, the mean of sigmoid(-u)
+over held-out pairs, u the likelihood margin: what greedy answers depend on.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ STAGES = (0, 50, 100)  # uniform steps trained before measuring
 CANDIDATES, HELD_OUT, CHUNK = 800, 800, 40
 
 
-def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Rank correlation; equal values share their mean rank."""
+def spearman(a: np.ndarray, b: np.ndarray) -> float | None:
+    """Rank correlation; equal values share their mean rank. None where all values are equal."""
+    if np.ptp(a) == 0 or np.ptp(b) == 0:  # reward margins before the first step
+        return None
 
     def ranks(x: np.ndarray) -> np.ndarray:
         _, inverse, count = np.unique(x, return_inverse=True, return_counts=True)
@@ -141,7 +143,7 @@ def measure(scratch: str, task: str, seed: int, flips: float, lr: float) -> list
             snr = dot[half].mean(axis=0) / np.sqrt(square[half].mean())
             found.append({
                 "task": task, "seed": seed, "flips": flips, "stage": stage, "score": name,
-                "ratio_dpo": float(snr[0] / whole[0]), "ratio_ranking": float(snr[1] / whole[1]),
+                "snr_dpo": float(snr[0]), "snr_ranking": float(snr[1]),
                 "spearman_dpo": spearman(priority, dot[:, 0]),
                 "spearman_ranking": spearman(priority, dot[:, 1]),
                 "uniform_dpo": float(whole[0]), "uniform_ranking": float(whole[1]),
@@ -151,6 +153,42 @@ def measure(scratch: str, task: str, seed: int, flips: float, lr: float) -> list
 
 def _measure(args: tuple) -> list[dict[str, Any]]:
     return measure(*args)
+
+
+def summarise(rows: list[dict[str, Any]]) -> tuple[list[str], list[dict[str, Any]]]:
+    """A table for each (flips, stage), and the means behind it."""
+    tables, summary = [], []
+    for flips, stage in sorted({(r["flips"], r["stage"]) for r in rows}):
+        here = [r for r in rows if (r["flips"], r["stage"]) == (flips, stage)]
+        lines = []
+        for name in ("all candidates", *dict.fromkeys(r["score"] for r in here)):
+            of = [r for r in here if r["score"] == name or name == "all candidates"]
+            whole = name == "all candidates"
+            each = {
+                f"snr_{goal}": [r[f"uniform_{goal}" if whole else f"snr_{goal}"] for r in of]
+                for goal in ("dpo", "ranking")
+            }
+            if not whole:
+                for goal in ("dpo", "ranking"):
+                    each[f"spearman_{goal}"] = [r[f"spearman_{goal}"] for r in of]
+            else:  # the same for every score: one value a world
+                count = len({(r["task"], r["seed"]) for r in of})
+                each = {k: v[:: len(v) // count] for k, v in each.items()}
+            means = {k: curves.mean_error(v) for k, v in each.items()}
+            summary.append({"flips": flips, "stage": stage, "score": name} | means)
+            cells = [curves.text(_hundredfold(means[k]), 2) for k in ("snr_dpo", "snr_ranking")] + [
+                curves.text(means.get(k), 2) for k in ("spearman_dpo", "spearman_ranking")
+            ]
+            lines.append([name, *cells])
+        header = ["selected half by", "100 × signal to noise", "for the ranking error",
+                  "Spearman with the dot product", "for the ranking error"]  # fmt: skip
+        title = f"## {flips:.0%} flipped, after {stage} uniform steps"
+        tables.append(f"{title}\n\n" + curves.markdown(header, lines))
+    return tables, summary
+
+
+def _hundredfold(value: dict[str, Any]) -> dict[str, Any]:
+    return {k: v if k == "count" or v is None else 100 * v for k, v in value.items()}
 
 
 def main() -> None:
@@ -171,23 +209,7 @@ def main() -> None:
     with context.Pool(args.processes, lab._start, (cores, args.scratch)) as pool:
         rows = [row for part in pool.imap_unordered(_measure, where) for row in part]
     rows.sort(key=lambda r: json.dumps([r["task"], r["flips"], r["stage"], r["seed"]]))
-    names = list(dict.fromkeys(r["score"] for r in rows))
-    tables, summary = [], []
-    for flips in map(float, args.flips.split(",")):
-        for stage in STAGES:
-            lines = []
-            for name in names:
-                of = [
-                    r for r in rows if (r["flips"], r["stage"], r["score"]) == (flips, stage, name)
-                ]
-                keys = ("ratio_dpo", "ratio_ranking", "spearman_dpo", "spearman_ranking")
-                means = {k: curves.mean_error([r[k] for r in of]) for k in keys}
-                summary.append({"flips": flips, "stage": stage, "score": name} | means)
-                lines.append([name, *(curves.text(means[k], 2) for k in keys)])
-            title = f"## {flips:.0%} flipped, after {stage} uniform steps"
-            header = ["selected half by", "signal to noise / uniform's", "for the ranking error",
-                      "Spearman with the dot product", "for the ranking error"]  # fmt: skip
-            tables.append(f"{title}\n\n" + curves.markdown(header, lines))
+    tables, summary = summarise(rows)
     lab.write(args.out, __doc__.split("\n")[0], tables, {
         "seeds": lab.numbers(args.seeds), "tasks": args.task.split(","), "lr": args.lr,
         "summary": summary, "rows": rows,

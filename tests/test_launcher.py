@@ -116,6 +116,7 @@ def test_a_mistyped_command_is_one_line(argv, said, capsys):
         ("score", {"selection.margin": "reward"}, "Give config.reference.path"),
         ("score", {"selection.guard": "suspects"}, "Give config.reference.path"),
         ("score", {"selection.scoring_dtype": "bfloat16"}, "scores every pair once"),
+        ("score", {"selection.refresh": 0.5}, "scores every pair once"),
         ("score", {"selection.stability": "rounds"}, "needs margins of several rounds"),
         ("doctor", {"data.train": "none.jsonl"}, r"'none.jsonl' does not exist"),
     ],

@@ -52,6 +52,12 @@ def score(run: config.Run, workdir: pathlib.Path) -> int:
             f"config.selection.name={run.selection.name!r} reads reward margins, which compare "
             f"with a reference. Give config.reference.path, or use another rule."
         )
+    refresh = run.selection.refresh
+    if refresh not in (0.0, 1.0, config.REFRESH):  # what stands in a config meant for training
+        raise ValueError(
+            f"config.selection.refresh={refresh} is about the passes between the rounds of a "
+            f"training, and this mode scores every pair once. Leave it at -1."
+        )
     for key in ("scoring_dtype", "scoring_tokens"):
         if getattr(run.selection, key) != getattr(config.Selection, key):
             raise ValueError(

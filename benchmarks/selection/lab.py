@@ -231,6 +231,17 @@ def _start(cores: Any, scratch: str) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
+def workers(scratch: pathlib.Path, processes: int) -> Any:
+    """A pool of processes, each on a core of its own; to be used in a `with`."""
+    os.environ.setdefault("GLIBC_TUNABLES", common.KEEP_MEMORY)  # for the workers
+    context = multiprocessing.get_context("spawn")
+    cores = context.Queue()
+    usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
+    for i in range(processes):
+        cores.put(usable[i % len(usable)])
+    return context.Pool(processes, _start, (cores, str(scratch)))
+
+
 def _world_of(args: tuple[pathlib.Path, str, int, str]) -> str:
     return str(make_world(*args))
 
@@ -242,16 +253,10 @@ def _run(args: tuple[pathlib.Path, Job]) -> dict[str, Any]:
 def run_all(scratch: pathlib.Path, jobs: Iterable[Job], processes: int) -> dict[Job, dict]:
     """Runs jobs side by side, each on a core of its own; worlds first."""
     jobs = list(dict.fromkeys(jobs))
-    os.environ.setdefault("GLIBC_TUNABLES", common.KEEP_MEMORY)  # for the workers
-    context = multiprocessing.get_context("spawn")
-    cores = context.Queue()
-    usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
-    for i in range(processes):
-        cores.put(usable[i % len(usable)])
     worlds = list(dict.fromkeys((scratch, j.task, j.seed, j.model) for j in jobs))
     done: dict[Job, dict] = {}
     began = time.perf_counter()
-    with context.Pool(processes, _start, (cores, str(scratch))) as pool:
+    with workers(scratch, processes) as pool:
         for number, _ in enumerate(pool.imap_unordered(_world_of, worlds), 1):
             _say(f"world {number} of {len(worlds)}", began)
         found = pool.imap(_run, [(scratch, j) for j in jobs])

@@ -13,8 +13,6 @@ over held-out pairs, u the likelihood margin: what greedy answers depend on.
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import pathlib
 from typing import Any
 
@@ -202,11 +200,7 @@ def main() -> None:
         for seed in lab.numbers(args.seeds)
         for flips in args.flips.split(",")
     ]
-    context = multiprocessing.get_context("spawn")
-    cores = context.Queue()
-    for core in sorted(os.sched_getaffinity(0))[: args.processes]:
-        cores.put(core)
-    with context.Pool(args.processes, lab._start, (cores, args.scratch)) as pool:
+    with lab.workers(pathlib.Path(args.scratch), args.processes) as pool:
         rows = [row for part in pool.imap_unordered(_measure, where) for row in part]
     rows.sort(key=lambda r: json.dumps([r["task"], r["flips"], r["stage"], r["seed"]]))
     tables, summary = summarise(rows)

@@ -42,6 +42,15 @@ class TokenStats(NamedTuple):
     logit_norm_RT: Array
 
 
+def cap(logits: jax.Array, softcap: float) -> jax.Array:
+    """Keeps logits within a bound: softcap * tanh(logits / softcap); 0 leaves them as they are.
+
+    >>> float(cap(jnp.float32(100.0), 30.0)) < 30.0
+    True
+    """
+    return softcap * jnp.tanh(logits / softcap) if softcap else logits
+
+
 def chunk_length(rows: int, length: int, vocabulary: int, budget_bytes: int = 2**26) -> int:
     """Tokens of each row that one chunk holds, so that its float32 logits fit the budget.
 
@@ -64,14 +73,19 @@ def chunk_length(rows: int, length: int, vocabulary: int, budget_bytes: int = 2*
 
 
 def _stats_of_chunk(
-    hidden: Array, head_DV: Array, targets: Array, logit_norm: bool, light: bool = False
+    hidden: Array,
+    head_DV: Array,
+    targets: Array,
+    logit_norm: bool,
+    light: bool = False,
+    softcap: float = 0.0,
 ) -> TokenStats:
     # float32 accumulation whatever the dtype of the matmul's inputs. Rows and tokens are merged for
     # it: XLA's CPU backend contracts two axes slowly in the head's gradient. The sharded row axis
     # stays the major one.
     flat = hidden.reshape(-1, hidden.shape[-1])
     logits = jnp.matmul(flat, head_DV, preferred_element_type=jnp.float32)
-    logits = logits.reshape(*hidden.shape[:-1], -1)
+    logits = cap(logits.reshape(*hidden.shape[:-1], -1), softcap)
     lse = jax.nn.logsumexp(logits, axis=-1)
     target_logit = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     logp = target_logit - lse
@@ -96,6 +110,7 @@ def token_stats(
     *,
     chunk: int | None = None,
     logit_norm: bool = False,
+    softcap: float = 0.0,
 ) -> TokenStats:
     """Statistics of each target token under the model's next-token distribution.
 
@@ -105,6 +120,7 @@ def token_stats(
         targets_RT: int32, the token that position t is to predict.
         chunk: tokens of each row per chunk; None chooses by `chunk_length`.
         logit_norm: also compute the squared norm of the logit-space gradient.
+        softcap: bound of the logits, see `cap`; 0 = none.
 
     Returns:
         TokenStats, float32 [R, T]. Only `logp_RT` carries a gradient.
@@ -118,7 +134,7 @@ def token_stats(
     chunk = chunk or chunk_length(rows, length, head_DV.shape[-1])
     count = math.ceil(length / chunk)
     if count == 1:
-        return _stats_of_chunk(hidden_RTD, head_DV, targets_RT, logit_norm)
+        return _stats_of_chunk(hidden_RTD, head_DV, targets_RT, logit_norm, softcap=softcap)
 
     fill = count * chunk - length
     hidden = jnp.pad(hidden_RTD, ((0, 0), (0, fill), (0, 0)))
@@ -128,7 +144,7 @@ def token_stats(
 
     @jax.checkpoint  # without it, the scan would keep every chunk's logits for the backward pass
     def one(part):
-        return _stats_of_chunk(part[0], head_DV, part[1], logit_norm)
+        return _stats_of_chunk(part[0], head_DV, part[1], logit_norm, softcap=softcap)
 
     stacked = jax.lax.map(one, (hidden, targets))
     return jax.tree.map(
@@ -144,6 +160,7 @@ def completion_stats(
     *,
     chunk: int | None = None,
     logit_norm: bool = False,
+    softcap: float = 0.0,
 ) -> tuple[TokenStats, Array]:
     """What a score needs of the counted tokens, which alone pass through the vocabulary matmul.
 
@@ -158,6 +175,7 @@ def completion_stats(
         mask_RT: float32, 1 where the target counts.
         chunk: tokens of each row per chunk; None chooses at most an eighth of a row.
         logit_norm: also compute the squared norm of the logit-space gradient.
+        softcap: bound of the logits, see `cap`; 0 = none.
 
     Returns:
         TokenStats, float32 [R, T], and the int32 [R, T] order of positions that they are in: the
@@ -184,6 +202,7 @@ def completion_stats(
             jnp.take_along_axis(targets_RT, place, 1),
             logit_norm,
             light=True,
+            softcap=softcap,
         )
         return tuple(
             jax.lax.dynamic_update_slice_in_dim(whole, new, i * chunk, 1)
@@ -293,7 +312,9 @@ def make_logps_fn(
     *,
     chunk: int | None = None,
     logit_norm: bool = False,
+    softcap: float = 0.0,
     light: bool = False,
+    penalty: bool = False,
 ) -> LogpsFn:
     """Makes the function that every step takes, from a model's body and its output projection.
 
@@ -303,6 +324,10 @@ def make_logps_fn(
         head_fn: `(params, frozen) -> head_DV`.
         chunk: tokens of each row per chunk of logits; None chooses by `chunk_length`.
         logit_norm: also compute the squared norm of the logit-space gradient.
+        softcap: bound of the logits, see `cap`; 0 = none.
+        penalty: `hidden_fn` returns a pair: the hidden states, and a scalar to be added to the
+            loss (the load balance of experts); the result is then a pair as well, see
+            `step.make_train_step`.
         light: for scoring: `entropy`, `mean_logit` and `hits` are not computed but 0, and only
             completion tokens pass through the head. A forward pass without a gradient.
 
@@ -314,16 +339,21 @@ def make_logps_fn(
     (1, 3, 2)
     """
 
-    def logps_fn(params, frozen, batch: batches.PackedBatch) -> SequenceStats:
+    def logps_fn(params, frozen, batch: batches.PackedBatch):
         targets_RT, segment_RT, mask_RT = targets(batch)
+        hidden, extra = hidden_fn(params, frozen, batch), None
+        if penalty:
+            hidden, extra = hidden
         tokens = token_stats(
-            hidden_fn(params, frozen, batch),
+            hidden,
             head_fn(params, frozen),
             targets_RT,
             chunk=chunk,
             logit_norm=logit_norm,
+            softcap=softcap,
         )
-        return sequence_stats(tokens, segment_RT, mask_RT, batch.pair_RS.shape[1])
+        stats = sequence_stats(tokens, segment_RT, mask_RT, batch.pair_RS.shape[1])
+        return (stats, extra) if penalty else stats
 
     def light_fn(params, frozen, batch: batches.PackedBatch) -> SequenceStats:
         targets_RT, segment_RT, mask_RT = targets(batch)
@@ -334,6 +364,7 @@ def make_logps_fn(
             mask_RT,
             chunk=chunk,
             logit_norm=logit_norm,
+            softcap=softcap,
         )
         segment_RT, mask_RT = (jnp.take_along_axis(x, order_RT, 1) for x in (segment_RT, mask_RT))
         return sequence_stats(tokens, segment_RT, mask_RT, batch.pair_RS.shape[1])

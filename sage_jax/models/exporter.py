@@ -40,7 +40,7 @@ def export(
       model: the model.
       params: its parameters.
       tokenizer: a transformers tokenizer to save with it, or None.
-      dtype: dtype of the weights in the file, "float32" or "bfloat16".
+      dtype: dtype of the weights in the file, "float32", "bfloat16" or "float16".
       shard_bytes: weights beyond this size are split over several files.
 
     Returns:
@@ -50,8 +50,8 @@ def export(
       ValueError: if the directory holds something that is not an export, or the dtype is unknown.
     """
     target = pathlib.Path(directory)
-    if dtype not in decoder.DTYPES:
-        raise ValueError(f"dtype={dtype!r} is unknown. Use one of {sorted(decoder.DTYPES)}.")
+    if dtype not in decoder.STORED:
+        raise ValueError(f"dtype={dtype!r} is unknown. Use one of {sorted(decoder.STORED)}.")
     config = hf_config.to_hf(model.spec, dtype=dtype)
     config[_MARK] = f"sage_jax {sage_jax.__version__}"
     _refuse_strangers(target)
@@ -106,37 +106,38 @@ def _write_weights(
 ) -> None:
     from safetensors import numpy as safetensors_numpy
 
-    kind = np.dtype(decoder.DTYPES[dtype])
-    shards: list[list[tuple[tensors.Tensor, int]]] = [[]]
+    kind = np.dtype(decoder.STORED[dtype])
+    stored = tensors.files(model.spec)
+    shards: list[list[str]] = [[]]
     used = total = 0
-    for row, layer in tensors.slices(model.spec):
-        shape = host[row.path].shape[1:] if tensors.is_stacked(row) else host[row.path].shape
-        size = int(np.prod(shape)) * kind.itemsize
+    for name, parts in stored.items():
+        size = sum(host[row.path][at].size for row, at in parts) * kind.itemsize
         if shards[-1] and used + size > shard_bytes:
             shards.append([])
             used = 0
-        shards[-1].append((row, layer))
+        shards[-1].append(name)
         used += size
         total += size
     home = {}
     for number, shard in enumerate(shards, start=1):
-        name = "model.safetensors"
+        file = "model.safetensors"
         if len(shards) > 1:
-            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        weights = {row.hf.format(layer): _slice(host, row, layer, kind) for row, layer in shard}
-        safetensors_numpy.save_file(weights, directory / name, metadata={"format": "pt"})
-        (directory / name).chmod(0o644)  # written for the owner alone otherwise
-        home.update(dict.fromkeys(weights, name))
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        weights = {name: _tensor(host, stored[name], kind) for name in shard}
+        safetensors_numpy.save_file(weights, directory / file, metadata={"format": "pt"})
+        (directory / file).chmod(0o644)  # written for the owner alone otherwise
+        home.update(dict.fromkeys(weights, file))
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": home}
         _write_json(directory / "model.safetensors.index.json", index)
 
 
-def _slice(
-    host: dict[str, np.ndarray], row: tensors.Tensor, layer: int, kind: np.dtype
-) -> np.ndarray:
-    value = host[row.path][layer] if tensors.is_stacked(row) else host[row.path]
-    return np.ascontiguousarray((value.T if row.transposed else value).astype(kind))
+def _tensor(host: dict[str, np.ndarray], parts: list[tensors.Part], kind: np.dtype) -> np.ndarray:
+    values = []
+    for row, at in parts:
+        value = host[row.path][at]
+        values.append((value.T if row.transposed else value).astype(kind))
+    return np.ascontiguousarray(np.concatenate(values) if len(values) > 1 else values[0])
 
 
 def _write_json(file: pathlib.Path, value: Any) -> None:

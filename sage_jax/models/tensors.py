@@ -1,8 +1,7 @@
-"""Where every parameter lives in a file: one table for reading and writing all formats."""
+"""Parameter trees and the tensors of files: which of them a model has, and how they are read."""
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
@@ -11,48 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sage_jax.models import decoder
+from sage_jax.models import decoder, names
 from sage_jax.models import spec as spec_lib
 
-
-class Tensor(NamedTuple):
-    """One parameter and its names; `{}` in a name stands for the layer."""
-
-    path: str  # in our tree
-    hf: str
-    gguf: str
-    transposed: bool = False  # files hold [out, in], we hold [in, out]
-
-
-def _linear(path: str, hf: str, gguf: str) -> tuple[Tensor, Tensor]:
-    return (
-        Tensor(f"{path}/kernel", f"{hf}.weight", f"{gguf}.weight", transposed=True),
-        Tensor(f"{path}/bias", f"{hf}.bias", f"{gguf}.bias"),
-    )
-
-
-TENSORS: tuple[Tensor, ...] = (
-    Tensor("embed/embedding", "model.embed_tokens.weight", "token_embd.weight"),
-    Tensor(
-        "layers/attention_norm/scale",
-        "model.layers.{}.input_layernorm.weight",
-        "blk.{}.attn_norm.weight",
-    ),
-    *_linear("layers/attention/q", "model.layers.{}.self_attn.q_proj", "blk.{}.attn_q"),
-    *_linear("layers/attention/k", "model.layers.{}.self_attn.k_proj", "blk.{}.attn_k"),
-    *_linear("layers/attention/v", "model.layers.{}.self_attn.v_proj", "blk.{}.attn_v"),
-    *_linear("layers/attention/o", "model.layers.{}.self_attn.o_proj", "blk.{}.attn_output"),
-    Tensor(
-        "layers/mlp_norm/scale",
-        "model.layers.{}.post_attention_layernorm.weight",
-        "blk.{}.ffn_norm.weight",
-    ),
-    *_linear("layers/mlp/gate", "model.layers.{}.mlp.gate_proj", "blk.{}.ffn_gate"),
-    *_linear("layers/mlp/up", "model.layers.{}.mlp.up_proj", "blk.{}.ffn_up"),
-    *_linear("layers/mlp/down", "model.layers.{}.mlp.down_proj", "blk.{}.ffn_down"),
-    Tensor("final_norm/scale", "model.norm.weight", "output_norm.weight"),
-    Tensor("lm_head/kernel", "lm_head.weight", "output.weight", transposed=True),
-)
 # Derived from the config, or a copy: safe to leave unread.
 _IGNORED = re.compile(
     r"rotary_emb\.inv_freq$|^rope_freqs\.weight$|^lm_head\.weight$|^output\.weight$"
@@ -61,8 +21,12 @@ _IGNORED = re.compile(
 
 def shapes(spec: spec_lib.ModelSpec) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter of a model by path, without building it."""
-    tree = jax.eval_shape(decoder.Model(spec).init, jax.random.key(0))
-    return {path: leaf.shape for path, leaf in leaves(tree)}
+    return {path: leaf.shape for path, leaf in leaves(abstract(spec))}
+
+
+def abstract(spec: spec_lib.ModelSpec) -> Any:
+    """The parameter tree of a model as `jax.ShapeDtypeStruct`s, without building it."""
+    return jax.eval_shape(decoder.Model(spec).init, jax.random.key(0))
 
 
 def leaves(params: decoder.Params) -> Iterator[tuple[str, Any]]:
@@ -77,24 +41,29 @@ def leaves(params: decoder.Params) -> Iterator[tuple[str, Any]]:
     return iter(sorted(found.items()))
 
 
-def present(spec: spec_lib.ModelSpec) -> list[tuple[Tensor, tuple[int, ...]]]:
+At = tuple[int, ...]  # the layer of a tensor, or its layer and expert; () for one without
+Part = tuple[names.Tensor, At]
+
+
+def present(spec: spec_lib.ModelSpec) -> list[tuple[names.Tensor, tuple[int, ...]]]:
     """The table's rows that this model has, with the shape of the whole parameter."""
     shape = shapes(spec)
-    return [(row, shape[row.path]) for row in TENSORS if row.path in shape]
+    found = [(row, shape[row.path]) for row in names.rows(spec) if row.path in shape]
+    assert len(found) == len(shape), sorted(set(shape) - {row.path for row, _ in found})
+    return found
 
 
-def is_stacked(row: Tensor) -> bool:
-    """Whether the parameter has a leading layer axis."""
-    return "{}" in row.hf
+def slices(spec: spec_lib.ModelSpec) -> list[Part]:
+    """Every part of a tensor that a file of this model holds."""
+    return [(row, at) for row, shape in present(spec) for at in np.ndindex(*shape[: row.stacked])]
 
 
-def slices(spec: spec_lib.ModelSpec) -> list[tuple[Tensor, int]]:
-    """Every tensor a file of this model holds, as (row of the table, layer)."""
-    return [
-        (row, layer)
-        for row, shape in present(spec)
-        for layer in range(shape[0] if is_stacked(row) else 1)
-    ]
+def files(spec: spec_lib.ModelSpec) -> dict[str, list[Part]]:
+    """The parts of every tensor under its name in Hugging Face files, in their order."""
+    found: dict[str, list[Part]] = {}
+    for row, at in slices(spec):
+        found.setdefault(row.hf.format(*at), []).append((row, at))
+    return {name: sorted(parts, key=lambda p: p[0].start) for name, parts in found.items()}
 
 
 def check_names(
@@ -119,16 +88,27 @@ def check_names(
         )
 
 
+Index = tuple[slice, ...]  # of a tensor, every start and stop a number
+Place = Callable[[Any], Any]  # from a tree of jax.ShapeDtypeStructs to one of shardings
+
+
+class Source(NamedTuple):
+    """A file, tensor by tensor, in Hugging Face's layout."""
+
+    shape: Callable[[names.Tensor, At], tuple[int, ...]]
+    read: Callable[[names.Tensor, At, Index], np.ndarray]  # this part alone, float32
+
+
 def assemble(
-    spec: spec_lib.ModelSpec, read: Callable[[Tensor, int], np.ndarray], origin: str
+    spec: spec_lib.ModelSpec, source: Source, origin: str, place: Place | None = None
 ) -> decoder.Params:
-    """Builds the parameter tree from single tensors, one in memory at a time.
+    """Builds the parameter tree; each process reads the parts that its devices hold, and no more.
 
     Args:
       spec: the model.
-      read: returns the tensor of a row and layer as float32 in Hugging Face's layout; the layer is
-        0 for rows without one.
-      origin: the file, for messages.
+      source: the file.
+      origin: the file's name, for messages.
+      place: where each leaf goes, from the tree of their shapes; None: whole on the default device.
 
     Returns:
       Nested dict of float32 arrays.
@@ -136,25 +116,66 @@ def assemble(
     Raises:
       ValueError: if a tensor's shape is not the one the spec implies.
     """
+    shardings = None if place is None else dict(leaves(place(abstract(spec))))
     params: dict[str, Any] = {}
     for row, shape in present(spec):
-        stacked = np.empty(shape if is_stacked(row) else (1, *shape), np.float32)
-        for layer in range(len(stacked)):
-            value = read(row, layer)
-            value = value.T if row.transposed else value
-            if value.shape != stacked.shape[1:]:
-                raise ValueError(
-                    f"{origin}: {row.hf.format(layer)} (GGUF {row.gguf.format(layer)}) gives "
-                    f"{row.path} the shape {value.shape}, but the config implies "
-                    f"{stacked.shape[1:]}. The weights belong to another config."
-                )
-            stacked[layer] = value
+        for at in np.ndindex(*shape[: row.stacked]):
+            _check_shape(row, at, shape, source, origin)
         node = params
         *folders, leaf = row.path.split("/")
         for folder in folders:
             node = node.setdefault(folder, {})
-        node[leaf] = jnp.asarray(stacked if is_stacked(row) else stacked[0])
+        node[leaf] = _leaf(row, shape, source, None if shardings is None else shardings[row.path])
     return params
+
+
+def _check_shape(
+    row: names.Tensor, at: At, shape: tuple[int, ...], source: Source, origin: str
+) -> None:
+    needed = shape[row.stacked :]
+    found = source.shape(row, at)
+    found = found[::-1] if row.transposed else found
+    whole = (*needed[:-1], row.total) if row.total else needed
+    if found != whole:
+        gguf = f" (GGUF {row.gguf.format(*at)})" if row.gguf else ""
+        raise ValueError(
+            f"{origin}: {row.hf.format(*at)}{gguf} gives {row.path} the shape {found}, but the "
+            f"config implies {whole}. The weights belong to another config."
+        )
+
+
+def _leaf(
+    row: names.Tensor,
+    shape: tuple[int, ...],
+    source: Source,
+    sharding: jax.sharding.Sharding | None,
+) -> jax.Array:
+    """One parameter, whole or as the shards of this process."""
+    known: dict[tuple[tuple[int, int], ...], np.ndarray] = {}  # devices may hold the same part
+
+    def part(index: Any) -> np.ndarray:
+        ends = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+        if ends not in known:
+            known[ends] = _cut(row, ends, source)
+        return known[ends]
+
+    if sharding is None:
+        return jnp.asarray(part(tuple(slice(None) for _ in shape)))
+    return jax.make_array_from_callback(shape, sharding, part)
+
+
+def _cut(row: names.Tensor, ends: tuple[tuple[int, int], ...], source: Source) -> np.ndarray:
+    """The part of a parameter between `ends`, one tensor of it in memory besides at a time."""
+    outer, inner = ends[: row.stacked], ends[row.stacked :]
+    index = [slice(*pair) for pair in (inner[::-1] if row.transposed else inner)]
+    if row.total:
+        index[0] = slice(index[0].start + row.start, index[0].stop + row.start)
+    out = np.empty([stop - start for start, stop in ends], np.float32)
+    for place in np.ndindex(*out.shape[: row.stacked]):
+        at = tuple(i + start for i, (start, _) in zip(place, outer, strict=True))
+        value = source.read(row, at, tuple(index))
+        out[place] = value.T if row.transposed else value
+    return out
 
 
 def to_host(leaf: Any) -> np.ndarray:
@@ -164,25 +185,3 @@ def to_host(leaf: Any) -> np.ndarray:
 
         leaf = multihost_utils.process_allgather(leaf, tiled=True)
     return np.asarray(leaf)
-
-
-def fingerprint(params: decoder.Params) -> str:
-    """A name for these weights: equal for equal bits, wherever and however they are sharded.
-
-    Args:
-      params: parameter tree; with several processes every one must call this.
-
-    Returns:
-      32 hexadecimal digits, over paths, shapes, dtypes and bytes.
-
-    >>> fingerprint({"w": np.zeros(2)}) == fingerprint({"w": np.zeros(2)})
-    True
-    >>> fingerprint({"w": np.zeros(2)}) == fingerprint({"w": np.ones(2)})
-    False
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    for path, leaf in leaves(params):
-        value = np.ascontiguousarray(to_host(leaf))
-        digest.update(f"{path} {value.dtype.name} {value.shape};".encode())
-        digest.update(value.reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()

@@ -32,6 +32,9 @@ RULES: Rules = (
     (r"bias$", P()),
     (r"lm_head", P("fsdp", "tensor")),  # [D, V]
     (r"embed", P("tensor", "fsdp")),  # [V, D]
+    (r"layers/.*/router/", P()),
+    (r"layers/.*/experts/(gate|up)/", P(None, None, "fsdp", "tensor")),  # [L, X, D, F]
+    (r"layers/.*/experts/down/", P(None, None, "tensor", "fsdp")),
     (r"layers/.*/(q|k|v|gate|up)/", P(None, "fsdp", "tensor")),
     (r"layers/.*/(o|down)/", P(None, "tensor", "fsdp")),
 )

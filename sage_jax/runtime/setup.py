@@ -43,6 +43,7 @@ class Policy:
             lambda params, _: model.head(params),
             logit_norm=logit_norm,
             light=light,
+            softcap=model.softcap,
         )
 
 

@@ -169,8 +169,8 @@ def _windows(config: Mapping[str, Any], family: spec_lib.Family, origin: str) ->
     unknown = sorted(set(given or ()) - {"full_attention", "sliding_attention"})
     if unknown or (given and len(given) != count):
         raise ValueError(
-            f"{origin}: layer_types holds {unknown or len(given or ())}; a model of {count} layers needs "
-            f"as many of 'full_attention' and 'sliding_attention'."
+            f"{origin}: layer_types holds {unknown or len(given or ())}; a model of {count} layers "
+            f"needs as many of 'full_attention' and 'sliding_attention'."
         )
     if family.windows in ("", "all", "switch"):
         local = [window is not None] * count

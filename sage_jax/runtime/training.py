@@ -26,7 +26,6 @@ from sage_jax.runtime import (
     setup,
     summary,
 )  # fmt: skip
-from sage_jax.runtime import mesh as meshes
 
 
 def need(workdir: pathlib.Path | None, mode: str) -> pathlib.Path:
@@ -92,7 +91,7 @@ def fit(run: config.Run, workdir: pathlib.Path, mode: str) -> int:
         summary.show(json.loads((workdir / "summary.json").read_text()), workdir)
         return 0
     started = time.perf_counter()
-    mesh = meshes.make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
+    mesh = setup.make_mesh(run)
     parts = _load(run, mesh, mode)
     # From here on files are written: everything the user typed has been checked.
     workdir.mkdir(parents=True, exist_ok=True)

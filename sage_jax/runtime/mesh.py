@@ -272,7 +272,7 @@ def init(make: Callable[..., Any], mesh: Mesh, *args: Any, rules: Rules = RULES)
     >>> mesh = make_mesh(devices=jax.devices()[:1])
     >>> init(lambda key: {"embed": jax.random.normal(key, (4, 2))}, mesh, jax.random.key(0))[
     ...     "embed"].sharding.spec
-    PartitionSpec('tensor', 'fsdp')
+    P('tensor', 'fsdp')
     """
     placed = shardings(jax.eval_shape(make, *args), mesh, rules)
     return jax.jit(make, out_shardings=placed)(*args)

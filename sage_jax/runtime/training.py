@@ -221,6 +221,5 @@ def export(directory: pathlib.Path, run: config.Run, policy: setup.Policy, param
     from sage_jax import models
 
     models.export(
-        directory, policy.model, jax.device_get(params), tokenizer=policy.tokenizer,
-        dtype=run.export.dtype,
+        directory, policy.model, params, tokenizer=policy.tokenizer, dtype=run.export.dtype,
     )  # fmt: skip

@@ -76,3 +76,16 @@ def test_parts_are_asked_for_once_and_are_as_small_as_shards(sizes, parts):
         allowed = 1 if "norm" in path else parts
         assert part * layers * allowed == math.prod(shapes[path]), path
     assert size == {path: math.prod(shape) for path, shape in shapes.items()}
+
+
+def test_sharded_weights_are_written_tensor_by_tensor_as_whole_ones_are(write_case, tmp_path):
+    where = write_case(NAME)
+    model, whole = models.load(where)
+    mesh = meshes.make_mesh(data=2, fsdp=2, tensor=2)
+    _, found = models.load(where, place=place_on(mesh))
+    first = models.export(tmp_path / "whole", model, whole, shard_bytes=20_000)
+    second = models.export(tmp_path / "sharded", model, found, shard_bytes=20_000)
+    names = sorted(path.name for path in first.iterdir())
+    assert names == sorted(path.name for path in second.iterdir())
+    for name in names:
+        assert (first / name).read_bytes() == (second / name).read_bytes()

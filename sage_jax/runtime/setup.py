@@ -27,6 +27,7 @@ class Policy:
     params: Any
     tokenizer: Any
     fingerprint: str  # of the weights
+    mesh: jax.sharding.Mesh | None = None  # where they lie; None: on the default device
 
     def logps_fn(
         self, *, logit_norm: bool = False, light: bool = False, dtype: str = ""
@@ -54,8 +55,13 @@ def cache_directory(setting: str, name: str) -> pathlib.Path:
     return pathlib.Path(root).expanduser() / name
 
 
+def make_mesh(run: config.Run) -> jax.sharding.Mesh:
+    """The mesh of the settings, over all devices of all processes."""
+    return meshes.make_mesh(**dataclasses.asdict(run.mesh))
+
+
 def load_policy(run: config.Run, mesh: jax.sharding.Mesh, tokenizer: Any = None) -> Policy:
-    """Loads the model, or makes a new one, and puts it on the mesh.
+    """Loads the model, or makes a new one, on the mesh: no host ever holds all of it.
 
     Args:
         run: the settings.
@@ -70,6 +76,7 @@ def load_policy(run: config.Run, mesh: jax.sharding.Mesh, tokenizer: Any = None)
 
     settings = run.model
     tokenizer = tokenizer or load_tokenizer(run)
+    place = functools.partial(meshes.shardings, mesh=mesh)
     constrain = functools.partial(
         jax.lax.with_sharding_constraint, shardings=meshes.residual_sharding(mesh)
     )
@@ -88,14 +95,13 @@ def load_policy(run: config.Run, mesh: jax.sharding.Mesh, tokenizer: Any = None)
                 pad_id=tokenizer.pad_token_id,
             )
         )
-        params = model.init(jax.random.key(run.seed))
+        params = meshes.init(model.init, mesh, jax.random.key(run.seed))
     else:
-        model, params = models.load(settings.path, dtype=settings.dtype)
+        model, params = models.load(settings.path, dtype=settings.dtype, place=place)
     model = dataclasses.replace(
         model, dtype=settings.dtype, remat=settings.remat, constrain=constrain
     )
-    params = jax.device_put(params, meshes.shardings(params, mesh))
-    return Policy(model, params, tokenizer, models.fingerprint(params))
+    return Policy(model, params, tokenizer, models.fingerprint(params), mesh)
 
 
 def load_reference(run: config.Run, policy: Policy, mesh: jax.sharding.Mesh) -> Policy | None:

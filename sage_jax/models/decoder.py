@@ -21,7 +21,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sage_jax.models import layers
+from sage_jax.models import attention, layers
 from sage_jax.models import spec as spec_lib
 
 Params = Any  # nested dict of arrays
@@ -53,7 +53,7 @@ class Decoder(nn.Module):
         self,
         tokens_BT: jax.Array,
         position_BT: jax.Array,
-        mask: jax.Array,
+        seen: layers.Seen,
         past: layers.KeyValue | None = None,
         keep: bool = False,
     ) -> tuple[jax.Array, layers.KeyValue | None]:
@@ -78,7 +78,7 @@ class Decoder(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast),
         )(spec, self.dtype, keep, self.constrain, name="layers")
-        x_BTD, own = stack(x_BTD, past, layers.rotation(spec, position_BT), mask)
+        x_BTD, own = stack(x_BTD, past, layers.rotation(spec, position_BT), seen)
         if not spec.tied and self.is_initializing():
             _Head(spec, name="lm_head")()
         return layers.RMSNorm(spec.norm_eps, self.dtype, name="final_norm")(x_BTD), own
@@ -139,7 +139,7 @@ class Model:
         """
         one = jnp.zeros((1, 1), jnp.int32)
         model = dataclasses.replace(self, constrain=None)
-        variables = model._module.init(key, one, one, jnp.ones((1, 1, 1), bool))
+        variables = model._module.init(key, one, one, attention.causal(one, one))
         return variables["params"]
 
     def _apply(self, params: Params, *args: Any) -> tuple[jax.Array, layers.KeyValue | None]:
@@ -163,8 +163,8 @@ class Model:
         Returns:
           [R, T, D] in the compute dtype; finite but meaningless at padding.
         """
-        mask = layers.causal_segment_mask(segment_RT)
-        hidden_RTD, _ = self._apply(params, tokens_RT, position_RT, mask)
+        seen = attention.causal(segment_RT, position_RT)
+        hidden_RTD, _ = self._apply(params, tokens_RT, position_RT, seen)
         return hidden_RTD
 
     def head(self, params: Params) -> jax.Array:
@@ -223,8 +223,8 @@ class Model:
                 f"Prompts of {length} tokens do not fit a cache of {slots} slots. "
                 f"Call init_cache with length >= {length}."
             )
-        mask = layers.causal_segment_mask(valid_BT.astype(jnp.int32))
-        hidden_BTD, own = self._apply(params, tokens_BT, position_BT, mask, None, True)
+        seen = attention.causal(valid_BT.astype(jnp.int32), position_BT)
+        hidden_BTD, own = self._apply(params, tokens_BT, position_BT, seen, None, True)
         return hidden_BTD, _write(cache, own, 0)
 
     def decode(

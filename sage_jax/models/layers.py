@@ -16,10 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sage_jax.models import attention
 from sage_jax.models import spec as spec_lib
 
 Rotation = tuple[jax.Array, jax.Array]  # cos and sin, float32 [B, T, 1, E]
 KeyValue = tuple[jax.Array, jax.Array]  # keys and values, [B, T, G, E]
+Seen = attention.Visible | jax.Array  # of whole rows; or the visible slots of a cache, [B, C]
 
 
 def frequencies(theta: float, width: int) -> np.ndarray:
@@ -64,43 +66,6 @@ def rotate(x_BTHE: jax.Array, rotation: Rotation) -> jax.Array:
     first, second = jnp.split(x, 2, axis=-1)
     turned = jnp.concatenate([-second, first], axis=-1)
     return (x * cos + turned * sin).astype(x_BTHE.dtype)
-
-
-def causal_segment_mask(segment_RT: jax.Array) -> jax.Array:
-    """Which keys each query sees: earlier positions of the same segment, and itself.
-
-    Padding (segment 0) sees earlier padding, so that no row of the softmax is empty; nothing real
-    sees padding.
-
-    Args:
-      segment_RT: int [R, T], 0 = padding.
-
-    Returns:
-      bool [R, T, T], query before key.
-    """
-    same = segment_RT[:, :, None] == segment_RT[:, None, :]
-    length = segment_RT.shape[1]
-    return same & jnp.tril(jnp.ones((length, length), bool))
-
-
-def attend(q_BTHE: jax.Array, key: jax.Array, value: jax.Array, mask_BTT: jax.Array) -> jax.Array:
-    """Grouped-query attention with a float32 softmax; keys and values are [B, T, G, E].
-
-    Written as batched matrix products whose two batch axes come first: the same sums as one einsum
-    per product, but XLA's CPU backend differentiates them about a tenth faster.
-    """
-    batch, length, heads, width = q_BTHE.shape
-    groups = key.shape[2]
-    shared = heads // groups
-    q = (q_BTHE * width**-0.5).transpose(0, 2, 1, 3)
-    q = q.reshape(batch, groups, shared * length, width)
-    logits = jnp.matmul(q, key.transpose(0, 2, 3, 1), preferred_element_type=jnp.float32)
-    logits = logits.reshape(batch, groups, shared, length, length)
-    logits = jnp.where(mask_BTT[:, None, None], logits, jnp.finfo(jnp.float32).min)
-    weight = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-    weight = weight.reshape(batch, groups, shared * length, length)
-    out = jnp.matmul(weight, value.transpose(0, 2, 1, 3)).reshape(batch, heads, length, width)
-    return out.transpose(0, 2, 1, 3).reshape(batch, length, heads * width)
 
 
 def attend_cached(
@@ -182,7 +147,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, rotation: Rotation, mask: jax.Array, past: KeyValue | None
+        self, x_BTD: jax.Array, rotation: Rotation, seen: Seen, past: KeyValue | None
     ) -> tuple[jax.Array, KeyValue]:
         spec = self.spec
 
@@ -194,10 +159,11 @@ class Attention(nn.Module):
         q_BTHE = rotate(project("q", spec.heads), rotation)
         key = rotate(project("k", spec.kv_heads), rotation)
         value = project("v", spec.kv_heads)
-        if past is None:
-            out = attend(q_BTHE, key, value, mask)
+        if isinstance(seen, attention.Visible):
+            out = attention.attend(q_BTHE, key, value, seen, scale=spec.head_dim**-0.5)
         else:
-            out = attend_cached(q_BTHE, past, (key, value), mask)
+            assert past is not None
+            out = attend_cached(q_BTHE, past, (key, value), seen)
         output = dense(
             spec.d_model,
             bias=spec.output_bias,
@@ -236,11 +202,11 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, past: KeyValue | None, rotation: Rotation, mask: jax.Array
+        self, x_BTD: jax.Array, past: KeyValue | None, rotation: Rotation, seen: Seen
     ) -> tuple[jax.Array, KeyValue | None]:
         spec = self.spec
         normed = RMSNorm(spec.norm_eps, self.dtype, name="attention_norm")(x_BTD)
-        attended, own = Attention(spec, self.dtype, name="attention")(normed, rotation, mask, past)
+        attended, own = Attention(spec, self.dtype, name="attention")(normed, rotation, seen, past)
         x_BTD = x_BTD + attended
         normed = RMSNorm(spec.norm_eps, self.dtype, name="mlp_norm")(x_BTD)
         x_BTD = x_BTD + MLP(spec, self.dtype, name="mlp")(normed)

@@ -452,6 +452,12 @@ def _check_together(run: Run) -> None:
             f"config.selection.soft={chosen.soft} weighs pairs by score, which selection.name="
             f"'uniform' does not compute. Set selection.soft=0 or another selection.name."
         )
+    if chosen.soft and run.train.accumulate > 1:
+        raise ValueError(
+            f"config.selection.soft={chosen.soft} weighs the pairs of a step among each other, and "
+            f"train.accumulate={run.train.accumulate} cuts it into parts that depend on the "
+            f"devices. Set train.accumulate=1, or selection.soft=0."
+        )
     if run.loss.name == "sft" and chosen.name != "uniform":
         raise ValueError(
             f"config.selection.name={chosen.name!r} needs pairs, and loss.name='sft' trains on "

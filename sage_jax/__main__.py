@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import runpy
 import sys
 import traceback
@@ -269,7 +270,14 @@ def _defect(error: Exception) -> int:
 
     if not hosts.several():
         raise error
-    return hosts.failed("".join(traceback.format_exception(error)), 1)
+    text = "".join(traceback.format_exception(error))
+    lost = re.search(r"Gloo|NCCL|[Cc]onnection (reset|closed|refused)|closed by peer", str(error))
+    if lost:
+        text += (
+            "another process of this run is gone, killed or out of memory; its output says more. "
+            "The same command on all hosts goes on from the last checkpoint."
+        )
+    return hosts.failed(text, 1)
 
 
 def _is_message(error: Exception) -> bool:

@@ -158,7 +158,7 @@ def test_a_resumed_run_may_change_housekeeping_but_not_the_objective():
 def test_doubt_counts_where_the_policy_itself_wrote_the_pairs():
     rates = {"pass_rate": np.array([0.5, 0.125])}
     gaps = {"pass_rate": np.array([0.5, np.nan])}  # merged with pairs from elsewhere
-    assert config.settle_kappa(config.resolve({}), rates).selection.kappa == 2.0
-    assert config.settle_kappa(config.resolve({}), gaps).selection.kappa == 0.0
+    assert config.settle_data(config.resolve({}), rates).selection.kappa == 2.0
+    assert config.settle_data(config.resolve({}), gaps).selection.kappa == 0.0
     told = config.resolve({"selection": {"kappa": 1.0}})
-    assert config.settle_kappa(told, rates) == told
+    assert config.settle_data(told, rates) == told

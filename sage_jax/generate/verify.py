@@ -44,12 +44,10 @@ def number(completion: str, answer: str) -> bool:
 
 
 def _last_number(text: str) -> fractions.Fraction | None:
-    last = None
-    for last in _NUMBER.finditer(text):
-        pass
-    if last is None or len(last.group()) > _DIGITS:
+    matches = list(_NUMBER.finditer(text))
+    if not matches or len(matches[-1].group()) > _DIGITS:
         return None
-    found, start = last.group(), last.start()
+    found, start = matches[-1].group(), matches[-1].start()
     if found[0] in "+-" and start and (text[start - 1].isalnum() or text[start - 1] == ")"):
         found = found[1:]  # "7-5": an operation, not a sign
     top, _, bottom = found.replace(",", "").partition("/")

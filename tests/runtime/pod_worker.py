@@ -1,7 +1,7 @@
 """Trains the same few steps under several meshes, in one process or as one of two.
 
-python pod_worker.py OUT.json --coordinator=... --num_processes=2 --process_id=0 makes it one of two;
-the first writes what happened, by mesh.
+`python pod_worker.py OUT.json --coordinator=... --num_processes=2 --process_id=0` makes it one of
+two; the first writes what happened, by mesh.
 """
 
 import json
@@ -42,15 +42,14 @@ def bytes_of(tree):
 
 def train(mesh, workdir, cache, stop_after=None):
     """One run; returns what a comparison needs, as JSON knows it."""
-    from sage_jax import config, models
-    from sage_jax.models import hf, tensors
+    from sage_jax import config
+    from sage_jax.models import tensors
     from sage_jax.report import writers
-    from sage_jax.runtime import forward, hosts, loop, rounds, setup
+    from sage_jax.runtime import forward, hosts, loop, setup
 
-    run = config.resolve(
-        SETTINGS | {"reference": {"store": str(cache)}, "data": SETTINGS["data"] | {"cache": str(cache)}}
-    )  # fmt: skip
-    read, steps = [0], []
+    own = {"reference": {"store": str(cache)}, "data": SETTINGS["data"] | {"cache": str(cache)}}
+    run = config.resolve(SETTINGS | own)
+    read = [0]
     real = tensors.assemble
 
     def counted(spec, source, *rest):

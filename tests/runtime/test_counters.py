@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sage_jax.data import encode, pack, records
+from sage_jax.data import encode, records
 from sage_jax.models import decoder, spec
 from sage_jax.runtime import chips, counters
 

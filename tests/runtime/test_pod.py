@@ -235,12 +235,17 @@ def test_a_stop_or_a_failure_of_one_process_is_that_of_both(tmp_path, own_cache,
 def test_processes_with_other_commands_are_refused_everywhere(tmp_path, own_cache):
     port, processes = free_port(), []
     for i in range(2):
-        argv = command(tmp_path / "run", **{"seed": i})
+        argv = command(tmp_path / "run", seed=i)
         flags = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={i}"]
         env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
         processes.append(
-            subprocess.Popen([sys.executable, *argv, *flags], env=env, text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+            subprocess.Popen(
+                [sys.executable, *argv, *flags],
+                env=env,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )  # fmt: skip
         )
     try:
         said = [process.communicate(timeout=100)[0] for process in processes]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import sage_jax
@@ -29,11 +31,12 @@ def export(
     tokenizer: Any = None,
     dtype: str = "float32",
     shard_bytes: int = SHARD_BYTES,
+    check: bool = True,
 ) -> pathlib.Path:
     """Writes a directory that transformers loads, and `models.load` too.
 
     It appears complete or not at all: it is written beside its place and renamed. With several
-    processes every one must call this; the first writes.
+    processes every one must call this; the first writes, and holds no more than one file's weights.
 
     Args:
       directory: where to; may be absent, empty, or an earlier export, which is replaced.
@@ -42,12 +45,16 @@ def export(
       tokenizer: a transformers tokenizer to save with it, or None.
       dtype: dtype of the weights in the file, "float32", "bfloat16" or "float16".
       shard_bytes: weights beyond this size are split over several files.
+      check: read the files again and compare logits with those of `params` before the directory
+        takes its place; holds the weights twice for as long. With several processes, which need
+        not share a file system, it is left out.
 
     Returns:
       The directory.
 
     Raises:
       ValueError: if the directory holds something that is not an export, or the dtype is unknown.
+      RuntimeError: the files do not give the logits of the model.
     """
     target = pathlib.Path(directory)
     if dtype not in decoder.STORED:
@@ -55,18 +62,49 @@ def export(
     config = hf_config.to_hf(model.spec, dtype=dtype)
     config[_MARK] = f"sage_jax {sage_jax.__version__}"
     _refuse_strangers(target)
-    host = {path: tensors.to_host(leaf) for path, leaf in tensors.leaves(params)}
-    if jax.process_index() != 0:
+    parts = dict(tensors.leaves(params))
+    if jax.process_index() != 0:  # it takes part in gathering, tensor by tensor, and keeps nothing
+        for row, at in tensors.slices(model.spec):
+            tensors.fetch(parts[row.path], at)
         return target
     with _replacing(target) as temporary:
         _write_json(temporary / "config.json", config)
         ids = ("bos_token_id", "eos_token_id", "pad_token_id")
         generation = {key: config[key] for key in ids if config[key] is not None}
         _write_json(temporary / "generation_config.json", generation)
-        _write_weights(temporary, model, host, dtype, shard_bytes)
+        _write_weights(temporary, model, parts, dtype, shard_bytes)
+        if check and jax.process_count() == 1:
+            _compare(temporary, model, params, dtype)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(temporary))
     return target
+
+
+_CHECKED = 16  # tokens whose logits are compared
+
+
+def _compare(directory: pathlib.Path, model: decoder.Model, params: Any, dtype: str) -> None:
+    """Reads an export again, to where the weights lie, and compares logits."""
+    placed = jax.tree.map(lambda leaf: getattr(leaf, "sharding", None), params)
+    on_devices = all(x is not None for x in jax.tree.leaves(placed, is_leaf=lambda x: x is None))
+    again, read = hf.load(directory, place=(lambda _: placed) if on_devices else None)
+    plain = decoder.Model(model.spec)
+    rounded = decoder.STORED[dtype]
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, model.spec.vocab, (1, _CHECKED)))
+
+    @jax.jit
+    def difference(params: Any, read: Any) -> jax.Array:
+        # The source as the file can hold it: what rounding to its dtype changes is no mistake.
+        held = jax.tree.map(lambda x: x.astype(rounded).astype(jnp.float32), params)
+        ours, theirs = plain.logits(held, tokens), plain.logits(read, tokens)
+        return jnp.max(jnp.abs(ours - theirs)) / jnp.maximum(jnp.max(jnp.abs(ours)), 1e-6)
+
+    found = float(difference(params, read))
+    if again.spec != model.spec or not found <= 1e-5:
+        raise RuntimeError(
+            f"The export does not compute what the model computes: its logits differ by "
+            f"{found:.3g} of their size. Nothing was written; please report this with the model's config.json."
+        )
 
 
 def _refuse_strangers(target: pathlib.Path) -> None:
@@ -100,7 +138,7 @@ def _replacing(target: pathlib.Path) -> Iterator[pathlib.Path]:
 def _write_weights(
     directory: pathlib.Path,
     model: decoder.Model,
-    host: dict[str, np.ndarray],
+    parts: dict[str, Any],
     dtype: str,
     shard_bytes: int,
 ) -> None:
@@ -110,8 +148,9 @@ def _write_weights(
     stored = tensors.files(model.spec)
     shards: list[list[str]] = [[]]
     used = total = 0
-    for name, parts in stored.items():
-        size = sum(host[row.path][at].size for row, at in parts) * kind.itemsize
+    for name, pieces in stored.items():
+        shapes = (parts[row.path].shape[row.stacked :] for row, _ in pieces)
+        size = sum(math.prod(shape) for shape in shapes) * kind.itemsize
         if shards[-1] and used + size > shard_bytes:
             shards.append([])
             used = 0
@@ -123,7 +162,7 @@ def _write_weights(
         file = "model.safetensors"
         if len(shards) > 1:
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        weights = {name: _tensor(host, stored[name], kind) for name in shard}
+        weights = {name: _tensor(parts, stored[name], kind) for name in shard}
         safetensors_numpy.save_file(weights, directory / file, metadata={"format": "pt"})
         (directory / file).chmod(0o644)  # written for the owner alone otherwise
         home.update(dict.fromkeys(weights, file))
@@ -132,10 +171,10 @@ def _write_weights(
         _write_json(directory / "model.safetensors.index.json", index)
 
 
-def _tensor(host: dict[str, np.ndarray], parts: list[tensors.Part], kind: np.dtype) -> np.ndarray:
+def _tensor(parts: dict[str, Any], pieces: list[tensors.Part], kind: np.dtype) -> np.ndarray:
     values = []
-    for row, at in parts:
-        value = host[row.path][at]
+    for row, at in pieces:
+        value = tensors.fetch(parts[row.path], at)
         values.append((value.T if row.transposed else value).astype(kind))
     return np.ascontiguousarray(np.concatenate(values) if len(values) > 1 else values[0])
 

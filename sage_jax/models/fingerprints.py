@@ -8,17 +8,19 @@ who looks for two with the same name.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from sage_jax.models import tensors
 
 _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
-# Odd, and far from each other: one for every lane, axis after axis (golden-ratio sequence).
+# One for every lane, far from each other (golden-ratio sequence).
 _LANES = [np.uint32((0x9E3779B9 * (2 * lane + 1)) & 0xFFFFFFFF) for lane in range(4)]
 
 
@@ -37,7 +39,7 @@ def fingerprint(params: Any) -> str:
     False
     """
     named = list(tensors.leaves(params))
-    sums = _sums([_words(leaf) for _, leaf in named])
+    sums = [_sum(_words(leaf)) for _, leaf in named]
     digest = hashlib.blake2b(digest_size=16)
     for (path, leaf), lanes in zip(named, jax.device_get(sums), strict=True):
         digest.update(f"{path} {leaf.dtype.name} {leaf.shape};".encode())
@@ -63,16 +65,20 @@ def _lanes(leaf: jax.Array) -> jax.Array:
     if leaf.dtype == bool:
         leaf = leaf.astype(jnp.uint8)
     bits = jax.lax.bitcast_convert_type(leaf, _WORDS[leaf.dtype.itemsize]).astype(jnp.uint32)
-    sums = []
-    for lane in _LANES:
-        # Axis by axis, so that more than 2^32 elements have places of their own.
-        place = jnp.full(bits.shape, lane)
-        for axis in range(bits.ndim):
-            place = _mixed(place + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis))
-        sums.append(jnp.sum(_mixed(bits ^ place), dtype=jnp.uint32))
-    return jnp.stack(sums)
+    place = jnp.zeros(bits.shape, jnp.uint32)
+    for axis in range(bits.ndim):  # one by one: more than 2^32 elements have places of their own
+        place = _mixed(place + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis))
+    each = (_mixed(bits ^ _mixed(place ^ lane)) for lane in _LANES)
+    return jnp.stack([jnp.sum(x, dtype=jnp.uint32) for x in each])
 
 
-@jax.jit
-def _sums(leaves: list[Any]) -> list[jax.Array]:
-    return [_lanes(jnp.asarray(leaf)) for leaf in leaves]
+def _sum(leaf: Any) -> jax.Array:
+    whole = None
+    if isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding):
+        whole = NamedSharding(leaf.sharding.mesh, PartitionSpec())  # on every process
+    return _program(whole)(leaf)
+
+
+@functools.lru_cache(maxsize=8)
+def _program(whole: NamedSharding | None) -> Any:
+    return jax.jit(_lanes, out_shardings=whole)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from sage_jax.models import decoder, names
 from sage_jax.models import spec as spec_lib
@@ -153,7 +155,8 @@ def _leaf(
     """One parameter, whole or as the shards of this process."""
     known: dict[tuple[tuple[int, int], ...], np.ndarray] = {}  # devices may hold the same part
 
-    def part(index: Any) -> np.ndarray:
+    def part(index: Index | None) -> np.ndarray:
+        assert index is not None
         ends = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
         if ends not in known:
             known[ends] = _cut(row, ends, source)
@@ -178,10 +181,20 @@ def _cut(row: names.Tensor, ends: tuple[tuple[int, int], ...], source: Source) -
     return out
 
 
-def to_host(leaf: Any) -> np.ndarray:
-    """The whole array on this host, wherever its shards are; every process must call it."""
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        from jax.experimental import multihost_utils
+def fetch(leaf: Any, at: tuple[int, ...] = ()) -> np.ndarray:
+    """An array, or what lies at an index of its leading axes, on this host.
 
-        leaf = multihost_utils.process_allgather(leaf, tiled=True)
-    return np.asarray(leaf)
+    Nothing besides that part is gathered. With several processes every one must call it.
+
+    >>> fetch(jnp.arange(6).reshape(3, 2), (1,)).tolist()
+    [2, 3]
+    """
+    if isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding):
+        whole = NamedSharding(leaf.sharding.mesh, PartitionSpec())
+        return np.asarray(_part(whole)(leaf, at))
+    return np.asarray(leaf)[at]
+
+
+@functools.lru_cache(maxsize=8)
+def _part(whole: NamedSharding) -> Callable[..., jax.Array]:
+    return jax.jit(lambda leaf, at: leaf[at], out_shardings=whole)

@@ -8,21 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from sage_jax import batch
 from sage_jax.data import encode
 from sage_jax.models import decoder
-
-# Dense bfloat16 FLOP/s of one device, from the makers' data sheets, by `jax.Device.device_kind`.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-}
+from sage_jax.runtime import chips
 
 
 @dataclasses.dataclass
@@ -68,10 +56,8 @@ class Counters:
         total = self.seconds_scoring + self.seconds_training
         return self.seconds_scoring / total if total else 0.0
 
-    def count(self, rows: batch.PackedBatch, flops_N: np.ndarray) -> float:
-        """Counts one step over these rows; returns its floating-point operations."""
-        pair_RS = np.asarray(rows.pair_RS)
-        index = pair_RS[pair_RS >= 0]
+    def count(self, index: np.ndarray, flops_N: np.ndarray) -> float:
+        """Counts one step over these pairs; returns its floating-point operations."""
         flops = 3.0 * float(flops_N[index].sum())  # forward + 2 x backward
         self.step, self.position = self.step + 1, self.position + 1
         self.pairs += len(index)
@@ -124,7 +110,7 @@ def speed(tokens: int, flops: float, seconds: float, peak_flops: float | None) -
 
 def peak_flops(dtype: str) -> float | None:
     """FLOP/s of all devices together; None where it is not known, as on CPUs or in float32."""
-    one = PEAK_FLOPS.get(jax.devices()[0].device_kind) if dtype == "bfloat16" else None
+    one = chips.PEAK_FLOPS.get(jax.devices()[0].device_kind) if dtype == "bfloat16" else None
     return None if one is None else one * jax.device_count()
 
 

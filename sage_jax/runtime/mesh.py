@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -26,16 +26,25 @@ ROWS = ("data", "fsdp")  # the mesh axes over which the rows of a batch are spli
 RESIDUAL = P(ROWS, None, None)  # hidden_RTD between blocks; without it the batch is un-sharded
 
 # First match wins. The leading axis of everything under `layers` is the stacked layer, which is
-# never split: scan slices it on every device.
+# never split: scan slices it on every device. An adapter's rank is small and stays whole; its other
+# side is split as that side of its weight is.
 RULES: Rules = (
     (r"norm", P()),
     (r"bias$", P()),
+    (r"lm_head/lora_a", P("fsdp", None)),
+    (r"lm_head/lora_b", P(None, "tensor")),
     (r"lm_head", P("fsdp", "tensor")),  # [D, V]
+    (r"embed/lora_a", P("tensor", None)),
+    (r"embed/lora_b", P(None, "fsdp")),
     (r"embed", P("tensor", "fsdp")),  # [V, D]
     (r"layers/.*/router/", P()),
     (r"layers/.*/experts/(gate|up)/", P(None, None, "fsdp", "tensor")),  # [L, X, D, F]
     (r"layers/.*/experts/down/", P(None, None, "tensor", "fsdp")),
+    (r"layers/.*/(q|k|v|gate|up)/lora_a", P(None, "fsdp", None)),
+    (r"layers/.*/(q|k|v|gate|up)/lora_b", P(None, None, "tensor")),
     (r"layers/.*/(q|k|v|gate|up)/", P(None, "fsdp", "tensor")),
+    (r"layers/.*/(o|down)/lora_a", P(None, "tensor", None)),
+    (r"layers/.*/(o|down)/lora_b", P(None, None, "fsdp")),
     (r"layers/.*/(o|down)/", P(None, "tensor", "fsdp")),
 )
 
@@ -184,33 +193,92 @@ def row_multiple(mesh: Mesh) -> int:
     return int(np.prod([mesh.shape[axis] for axis in ROWS]))
 
 
-def put(batch: Any, mesh: Mesh) -> Any:
-    """The rows that this process loaded, as global arrays split by `batch_sharding`.
+def local_rows(mesh: Mesh, rows: int) -> np.ndarray:
+    """Which rows of a batch lie on this process's devices: the only ones that it has to build.
+
+    Processes that share a row, because `tensor` goes across them, each build it.
 
     Args:
-      batch: a tree of numpy arrays, rows first; each process gives its own consecutive rows.
       mesh: a mesh of `make_mesh`.
+      rows: of the whole batch.
+
+    Returns:
+      int64, increasing.
+
+    Raises:
+      ValueError: the rows are not a multiple of `row_multiple(mesh)`.
+
+    >>> local_rows(make_mesh(devices=jax.devices()[:1]), 3).tolist()
+    [0, 1, 2]
+    """
+    if rows % row_multiple(mesh):
+        raise ValueError(
+            f"A batch of {rows} rows cannot be split over the {row_multiple(mesh)} devices of the "
+            f"axes {' and '.join(ROWS)}. Plan the rows in multiples of it."
+        )
+    here = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
+    found = [np.arange(rows)[index] for index in here if index is not None]
+    return np.unique(np.concatenate(found))
+
+
+def put(batch: Any, mesh: Mesh, rows: int | None = None) -> Any:
+    """The rows that this process built, as global arrays split by `batch_sharding`.
+
+    Args:
+      batch: a tree of numpy arrays, rows first; each process gives its `local_rows`.
+      mesh: a mesh of `make_mesh`.
+      rows: of the whole batch; None: `batch` has them all.
 
     Returns:
       The same tree of `jax.Array`s, whose rows are those of all processes.
 
     Raises:
-      ValueError: the rows of all processes are not a multiple of `row_multiple(mesh)`.
+      ValueError: the rows are not a multiple of `row_multiple(mesh)`, or not those of this process.
 
     >>> put({"tokens_RT": np.zeros((2, 8))}, make_mesh(devices=jax.devices()[:1]))[
     ...     "tokens_RT"].shape
     (2, 8)
     """
-    sharding, multiple = batch_sharding(mesh), row_multiple(mesh)
-    rows = {np.shape(leaf)[0] for leaf in jax.tree.leaves(batch)}
-    if any(jax.process_count() * n % multiple for n in rows):
-        raise ValueError(
-            f"A batch of {jax.process_count() * max(rows)} rows cannot be split over the "
-            f"{multiple} devices of the axes data and fsdp. Plan the rows in multiples of it."
-        )
-    return jax.tree.map(
-        lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), batch
-    )
+    sharding = batch_sharding(mesh)
+
+    def one(leaf: Any) -> jax.Array:
+        leaf = np.asarray(leaf)
+        total = len(leaf) if rows is None else rows
+        local = local_rows(mesh, total) if rows is not None else np.arange(total)
+        if len(leaf) != len(local):
+            raise ValueError(
+                f"This process gives {len(leaf)} rows, and its devices hold {len(local)} of the "
+                f"batch of {total}. Build the rows of local_rows(mesh, {total})."
+            )
+
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
+            start, stop, _ = index[0].indices(total)
+            at = int(np.searchsorted(local, start))  # what is one piece of the batch is one here
+            return leaf[(slice(at, at + stop - start), *index[1:])]
+
+        local_rows(mesh, total)
+        return jax.make_array_from_callback((total, *leaf.shape[1:]), sharding, part)
+
+    return jax.tree.map(one, batch)
+
+
+def init(make: Callable[..., Any], mesh: Mesh, *args: Any, rules: Rules = RULES) -> Any:
+    """What `make(*args)` returns, made where `shardings` puts it: no device ever holds the whole.
+
+    Args:
+      make: a function of arrays, such as `Model.init`; its result is a tree that `rules` know.
+      mesh: a mesh of `make_mesh`.
+      *args: of `make`.
+      rules: as in `shardings`.
+
+    >>> mesh = make_mesh(devices=jax.devices()[:1])
+    >>> init(lambda key: {"embed": jax.random.normal(key, (4, 2))}, mesh, jax.random.key(0))[
+    ...     "embed"].sharding.spec
+    P('tensor', 'fsdp')
+    """
+    placed = shardings(jax.eval_shape(make, *args), mesh, rules)
+    return jax.jit(make, out_shardings=placed)(*args)
 
 
 def _match(name: str, rules: Rules) -> PartitionSpec:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import importlib.resources
 import os
 import pathlib
@@ -14,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from sage_jax import config, logprobs, losses, scores, step
-from sage_jax.data import encode, pack
+from sage_jax.data import encode, steps
 from sage_jax.models import decoder
+from sage_jax.runtime import hosts
 from sage_jax.runtime import mesh as meshes
 
 
@@ -27,6 +29,12 @@ class Policy:
     params: Any
     tokenizer: Any
     fingerprint: str  # of the weights
+    mesh: jax.sharding.Mesh | None = None  # where they lie; None: on the default device
+
+    @property
+    def rows(self) -> jax.sharding.NamedSharding | None:
+        """How arrays of sequences are split over the devices."""
+        return None if self.mesh is None else meshes.batch_sharding(self.mesh)
 
     def logps_fn(
         self, *, logit_norm: bool = False, light: bool = False, dtype: str = ""
@@ -55,8 +63,13 @@ def cache_directory(setting: str, name: str) -> pathlib.Path:
     return pathlib.Path(root).expanduser() / name
 
 
+def make_mesh(run: config.Run) -> jax.sharding.Mesh:
+    """The mesh of the settings, over all devices of all processes."""
+    return meshes.make_mesh(**dataclasses.asdict(run.mesh))
+
+
 def load_policy(run: config.Run, mesh: jax.sharding.Mesh, tokenizer: Any = None) -> Policy:
-    """Loads the model, or makes a new one, and puts it on the mesh.
+    """Loads the model, or makes a new one, on the mesh: no host ever holds all of it.
 
     Args:
         run: the settings.
@@ -71,6 +84,7 @@ def load_policy(run: config.Run, mesh: jax.sharding.Mesh, tokenizer: Any = None)
 
     settings = run.model
     tokenizer = tokenizer or load_tokenizer(run)
+    place = functools.partial(meshes.shardings, mesh=mesh)
     constrain = functools.partial(
         jax.lax.with_sharding_constraint, shardings=meshes.residual_sharding(mesh)
     )
@@ -89,14 +103,13 @@ def load_policy(run: config.Run, mesh: jax.sharding.Mesh, tokenizer: Any = None)
                 pad_id=tokenizer.pad_token_id,
             )
         )
-        params = model.init(jax.random.key(run.seed))
+        params = meshes.init(model.init, mesh, jax.random.key(run.seed))
     else:
-        model, params = models.load(settings.path, dtype=settings.dtype)
+        model, params = models.load(settings.path, dtype=settings.dtype, place=place)
     model = dataclasses.replace(
         model, dtype=settings.dtype, remat=settings.remat, constrain=constrain
     )
-    params = jax.device_put(params, meshes.shardings(params, mesh))
-    return Policy(model, params, tokenizer, models.fingerprint(params))
+    return Policy(model, params, tokenizer, models.fingerprint(params), mesh)
 
 
 def load_reference(run: config.Run, policy: Policy, mesh: jax.sharding.Mesh) -> Policy | None:
@@ -190,7 +203,9 @@ def load_pairs(run: config.Run, tokenizer: Any, source: str) -> encode.EncodedPa
         on_bad_row=run.data.on_bad_row,
         cache_dir=cache_directory(run.data.cache, "encoded"),
     )
-    return first_pairs(found, run.data.limit) if run.data.limit else found
+    found = first_pairs(found, run.data.limit) if run.data.limit else found
+    hosts.same(f"pairs of {source}", hashlib.blake2b(found.digest_N16.tobytes()).hexdigest())
+    return found
 
 
 def first_pairs(pairs: encode.EncodedPairs, count: int) -> encode.EncodedPairs:
@@ -258,14 +273,13 @@ def check_sides(pairs: encode.EncodedPairs, key: str, otherwise: str = "") -> No
         )
 
 
-def row_shape(run: config.Run, lengths_N2: np.ndarray, mesh: jax.sharding.Mesh) -> pack.RowShape:
+def row_shape(run: config.Run, lengths_N2: np.ndarray, mesh: jax.sharding.Mesh) -> steps.Shape:
     """The static shape of a run's rows, a multiple of what the mesh and accumulation divide by."""
-    return pack.shape(
+    return steps.shape(
         lengths_N2,
         batch_pairs=min(run.train.batch_pairs, len(lengths_N2)),
         packing=run.data.packing,
         rows_multiple=meshes.row_multiple(mesh) * run.train.accumulate,
-        factors=(1, 2, 3),
     )
 
 

@@ -296,9 +296,7 @@ def test_impossible_shapes_are_refused(change, message):
 
 
 def test_unknown_rotary_scalings_are_refused():
-    with pytest.raises(
-        ValueError, match=r"kind='ntk' is unknown\. Use one of linear"
-    ):
+    with pytest.raises(ValueError, match=r"kind='ntk' is unknown\. Use one of linear"):
         models.RopeScaling("ntk")
 
 

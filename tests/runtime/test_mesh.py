@@ -98,6 +98,26 @@ def test_every_weight_is_split_by_its_rule():
     }
 
 
+def test_an_adapter_is_split_as_its_weight_but_for_the_rank():
+    mesh = mesh_lib.make_mesh(data=2, fsdp=2, tensor=2)
+
+    def pair(rows, columns):  # a rank of 4 would divide, and stays whole all the same
+        return {"lora_a": np.zeros((2, rows, 4)), "lora_b": np.zeros((2, 4, columns))}
+
+    adapters = {"layers": {"attention": {"q": pair(16, 8), "o": pair(8, 16)},
+                           "mlp": {"up": pair(16, 32), "down": pair(32, 16)}}}  # fmt: skip
+    assert specs(mesh_lib.shardings(adapters, mesh)) == {
+        "layers/attention/q/lora_a": P(None, "fsdp", None),
+        "layers/attention/q/lora_b": P(None, None, "tensor"),
+        "layers/attention/o/lora_a": P(None, "tensor", None),
+        "layers/attention/o/lora_b": P(None, None, "fsdp"),
+        "layers/mlp/up/lora_a": P(None, "fsdp", None),
+        "layers/mlp/up/lora_b": P(None, None, "tensor"),
+        "layers/mlp/down/lora_a": P(None, "tensor", None),
+        "layers/mlp/down/lora_b": P(None, None, "fsdp"),
+    }
+
+
 def test_a_leaf_without_a_rule_is_named():
     mesh = mesh_lib.make_mesh()
     with pytest.raises(ValueError, match="No sharding rule matches the parameter 'tower/weights'"):

@@ -103,7 +103,8 @@ def _compare(directory: pathlib.Path, model: decoder.Model, params: Any, dtype: 
     if again.spec != model.spec or not found <= 1e-5:
         raise RuntimeError(
             f"The export does not compute what the model computes: its logits differ by "
-            f"{found:.3g} of their size. Nothing was written; please report this with the model's config.json."
+            f"{found:.3g} of their size. Nothing was written; please "
+            f"report this with the model's config.json."
         )
 
 

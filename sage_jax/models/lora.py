@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 Params = Any  # nested dict of arrays
 LEAVES = ("lora_a", "lora_b", "lora_norm")
-_LINEAR = re.compile(r"^layers/(.+/(?:q|k|v|o|gate|up|down))$")
+LINEAR = re.compile(r"^layers/(.+/(?:q|k|v|o|gate|up|down))$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,14 +53,14 @@ class Lora:
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
 
 
-def _walk(tree: Params, path: str = "") -> Any:
+def walk(tree: Params, path: str = "") -> Any:
     """(path, dict) of every node that holds a `kernel` or an adapter."""
     if "kernel" in tree or "lora_a" in tree:
         yield path, tree
         return
     for name, child in tree.items():
         if isinstance(child, dict):
-            yield from _walk(child, f"{path}/{name}" if path else name)
+            yield from walk(child, f"{path}/{name}" if path else name)
 
 
 def targets(base: Params, lora: Lora) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def targets(base: Params, lora: Lora) -> dict[str, Any]:
     Raises:
       ValueError: nothing matches.
     """
-    linear = {path: node["kernel"] for path, node in _walk(base) if _LINEAR.match(path)}
+    linear = {path: node["kernel"] for path, node in walk(base) if LINEAR.match(path)}
     linear = {path: kernel for path, kernel in linear.items() if len(kernel.shape) == 3}
     names = {path: path.removeprefix("layers/") for path in sorted(linear)}
     found = {path: linear[path] for path, name in names.items() if re.search(lora.targets, name)}
@@ -88,7 +88,7 @@ def targets(base: Params, lora: Lora) -> dict[str, Any]:
     return found
 
 
-def _put(tree: Params, path: str, node: Params) -> None:
+def put(tree: Params, path: str, node: Params) -> None:
     *folders, last = path.split("/")
     for folder in folders:
         tree = tree.setdefault(folder, {})
@@ -128,7 +128,7 @@ def init(key: jax.Array, base: Params, lora: Lora) -> Params:
         }  # fmt: skip
         if lora.dora:
             node["lora_norm"] = column_norm(jnp.asarray(kernel, jnp.float32))
-        _put(out, path, node)
+        put(out, path, node)
     return out
 
 

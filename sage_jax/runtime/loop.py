@@ -419,7 +419,7 @@ class Trainer:
                 if nll:
                     row["loss/nll_weight"] = float(nll[0])
                 given = meshes.put(rows, mesh, shape.rows)
-                self.state, output = self.train_step(self.state, None, given, *nll)
+                self.state, output = self.train_step(self.state, self.policy.frozen, given, *nll)
                 self._compiled()
                 self._flush()  # the step before, while this one runs
                 flops = self.counters.count(pair_B[pair_B >= 0], self.flops_N)

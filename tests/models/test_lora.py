@@ -120,7 +120,9 @@ def test_gradients_reach_adapters_alone_and_decoding_uses_them(model, base):
     np.testing.assert_allclose(hidden @ model.head(whole), logits, atol=1e-4)
 
 
-def test_sharded_adapters_compute_what_one_device_computes(model, base, kind):
+@pytest.mark.slow
+def test_sharded_adapters_compute_what_one_device_computes(model, base):
+    kind = KINDS["dora"]
     mesh = meshes.make_mesh(2, 2, 2)
     adapter = _moved(lora.init(jax.random.key(1), base, kind))
     placed = [jax.device_put(tree, meshes.shardings(tree, mesh)) for tree in (base, adapter)]
@@ -240,13 +242,10 @@ def test_adapters_made_by_peft_compute_the_same_here(golden, peft, name):
     model, params = models.load(peft / name / "base")
     settings, adapter = peft_files.read(peft / name / "theirs", model.spec)
     whole = lora.join(params, jax.tree.map(jnp.asarray, adapter), settings)
-    logits = jax.jit(model.logits)(whole, np.load(peft / name / "tokens.npy"))
-    theirs = np.load(peft / name / "theirs.npy")
-    np.testing.assert_allclose(logits, theirs, atol=2e-4, rtol=0)
-    assert (
-        np.abs(theirs - jax.jit(model.logits)(params, np.load(peft / name / "tokens.npy"))).max()
-        > 0.01
-    )
+    tokens, theirs = np.load(peft / name / "tokens.npy"), np.load(peft / name / "theirs.npy")
+    logits = jax.jit(model.logits)
+    np.testing.assert_allclose(logits(whole, tokens), theirs, atol=2e-4, rtol=0)
+    assert np.abs(theirs - logits(params, tokens)).max() > 0.01
 
 
 def test_optimizer_state_is_as_large_as_the_adapters(base):
@@ -254,14 +253,8 @@ def test_optimizer_state_is_as_large_as_the_adapters(base):
 
     kind = KINDS["plain"]
     adapter = lora.init(jax.random.key(1), base, kind)
-    sizes = {
-        name: sum(x.size for x in jax.tree.leaves(tree))
-        for name, tree in (
-            ("base", base),
-            ("adapter", adapter),
-            ("adam", optax.adam(1e-3).init(adapter)),
-        )
-    }
+    trees = {"base": base, "adapter": adapter, "adam": optax.adam(1e-3).init(adapter)}
+    sizes = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in trees.items()}
     assert sizes["adam"] == 2 * sizes["adapter"] + 1 < sizes["base"]
     per_layer = sum(
         kind.rank * (kernel.shape[1] + kernel.shape[2])

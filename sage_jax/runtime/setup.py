@@ -15,7 +15,7 @@ import numpy as np
 
 from sage_jax import config, logprobs, losses, scores, step
 from sage_jax.data import encode, pack
-from sage_jax.models import decoder
+from sage_jax.models import attention, decoder
 from sage_jax.runtime import mesh as meshes
 
 
@@ -92,7 +92,11 @@ def load_policy(run: config.Run, mesh: jax.sharding.Mesh, tokenizer: Any = None)
     else:
         model, params = models.load(settings.path, dtype=settings.dtype)
     model = dataclasses.replace(
-        model, dtype=settings.dtype, remat=settings.remat, constrain=constrain
+        model,
+        dtype=settings.dtype,
+        remat=settings.remat,
+        constrain=constrain,
+        kernel=attention.Kernel(settings.attention, mesh, meshes.ROWS, ("tensor",)),
     )
     params = jax.device_put(params, meshes.shardings(params, mesh))
     return Policy(model, params, tokenizer, models.fingerprint(params))

@@ -87,7 +87,7 @@ class Trainer:
         """
         self.began = time.perf_counter() if began is None else began
         self.earlier = 0.0
-        run = config.settle_kappa(run, pairs.columns)
+        run = config.settle_data(run, pairs.columns)
         self.run, self.workdir, self.label = run, workdir, label
         self.policy, self.passes, self.pairs = policy, passes, pairs
         self.start, self.reference, self.evaluate = start, reference, evaluate
@@ -224,6 +224,7 @@ class Trainer:
             pairs=self.pairs,
             shape=self.passes.shape,
             score_pool=self._score_pool if needs_scores else None,
+            held=self.round.held if self.round else None,
         )
         self.memory = curriculum.note_drawn(self.memory, self.round.pool_P)
         self.counters.position = 0
@@ -404,7 +405,8 @@ class Trainer:
                 self._save(checkpoints)
         flips = None
         if (self.memory.trained > 0).any():
-            flips = self._suspect(suspicion.detect(self.memory, self.run, self.pairs))
+            held = self.round.held if self.round else None
+            flips = self._suspect(suspicion.detect(self.memory, self.run, self.pairs, held))
         rows = writers.read_rows(self.workdir / "metrics.jsonl")
         return Outcome(
             self.state.params, self.counters, finished, rows, self.guard.warnings, self.earlier,

@@ -30,6 +30,11 @@ class Round(NamedTuple):
     pair_KRS: np.ndarray  # int32, the rows of each of the K steps, -1 = empty slot
     competence_K: np.ndarray  # float64, running competence per stratum, after this round's draw
     rule: dict[str, np.ndarray]  # state of the selection rule, after this round's ranking
+    held_2: np.ndarray | None = None  # float64, `noise.Held` after this round's look at the labels
+
+    @property
+    def held(self) -> noise.Held:
+        return noise.Held() if self.held_2 is None else noise.Held(*map(float, self.held_2))
 
 
 class Drawn(NamedTuple):
@@ -155,6 +160,7 @@ def next_round(
     pairs: encode.EncodedPairs,
     shape: pack.RowShape,
     score_pool: Callable[[np.ndarray], scores.PairScores] | None,
+    held: noise.Held | None = None,
 ) -> tuple[Round, Drawn]:
     """Draws, scores and selects a round and plans its rows.
 
@@ -168,6 +174,7 @@ def next_round(
         pairs: the data set.
         shape: static shape of the rows.
         score_pool: scores of drawn pairs, `index_P -> PairScores`; None: nothing is scored.
+        held: the last round's `held`; None before the first.
 
     Returns:
         The round, and what the selection saw.
@@ -193,7 +200,11 @@ def next_round(
         ranked = rank(pool_P, scored, memory, rule_state, run=run, loss=loss, pairs=pairs, rng=rng)
     priority_P = ranked.priority_P if ranked else None
     # At the start reward margins are 0, or say how policy and reference were made.
-    flips = suspicion.detect(memory, run, pairs) if (memory.trained > 0).any() else None
+    held = held or noise.Held()
+    flips = None
+    if (memory.trained > 0).any():
+        flips = suspicion.detect(memory, run, pairs, held)
+        held = flips.held
     chosen = select(pool_P, stratum_N[pool_P], priority_P, memory, run, rng, flips)
     order_K = rng.permutation(np.flatnonzero(chosen.selected_P))
     if priority_P is not None and rules.resolve(run.selection.name).ordered:
@@ -214,7 +225,7 @@ def next_round(
         )
     drawn = Drawn(stratum_N[pool_P], scored, chosen, share_K, population_K, priority_P, flips)
     state = dict(ranked.state) if ranked else {}
-    return Round(number, pool_P, pair_KRS, competence_K, state), drawn
+    return Round(number, pool_P, pair_KRS, competence_K, state, np.array(held)), drawn
 
 
 def rule_column(run: config.Run, pairs: encode.EncodedPairs) -> np.ndarray | None:

@@ -71,7 +71,7 @@ def score(run: config.Run, workdir: pathlib.Path) -> int:
     mesh = meshes.make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
     tokenizer = setup.load_tokenizer(run)
     pairs = setup.load_pairs(run, tokenizer, run.data.train)
-    run = config.settle_kappa(run, pairs.columns)
+    run = config.settle_data(run, pairs.columns)
     setup.check_sides(pairs, "data.train")
     rounds.rule_column(run, pairs)
     policy = setup.load_policy(run, mesh, tokenizer)

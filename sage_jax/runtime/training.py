@@ -208,7 +208,7 @@ def _describe(run: config.Run, parts: _Parts, workdir: pathlib.Path) -> None:
         text = f"every {every} rounds, from {run.sample.count} problems of {source}"
         lines.append(("new pairs", f"{text}, {run.sample.per_problem} answers each"))
     if config.needs_scores(run):
-        kappa = config.settle_kappa(run, pairs.columns).selection.kappa
+        kappa = config.settle_data(run, pairs.columns).selection.kappa
         text = f"{run.selection.name}, kappa {kappa:g}"
         if run.selection.kappa == -1:
             text += ", as the pairs " + ("have" if kappa else "lack") + " a pass_rate"

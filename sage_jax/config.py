@@ -21,7 +21,8 @@ from sage_jax import losses, noise, rules, scores
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    path: str = ""  # Hugging Face directory, .gguf file, "package:NAME", or "new" (from scratch)
+    path: str = ""  # Hugging Face directory, .gguf file, "package:NAME", or "new" (from scratch);
+    # for sage-jax compile also "spec:NAME", an architecture of models/catalog.py
     tokenizer: str = ""  # tokenizer directory; "" = the one beside the model
     dtype: str = "float32"  # of the matmuls inside the model: float32 or bfloat16
     # What the backward pass recomputes: "none", all but the "dots", "full" (least memory).

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from sage_jax import config, losses, selection, step
@@ -88,3 +89,37 @@ def stats_step(
         in_shardings=(meshes.shardings(policy.params, mesh), None, meshes.batch_sharding(mesh)),
         out_shardings=meshes.replicated(mesh),
     )
+
+
+def sampler(
+    run: config.Run,
+    policy: setup.Policy,
+    mesh: jax.sharding.Mesh,
+    *,
+    prompts: int,
+    prompt_length: int,
+    max_new_tokens: int,
+) -> tuple[Any, tuple[Any, ...]]:
+    """Greedy decoding of evaluations, and the shapes that it takes.
+
+    Returns:
+        The jitted `(params, tokens_BT, valid_BT, key_B) -> Sampled` and its abstract arguments.
+    """
+    from sage_jax.generate import sampler as samplers
+
+    ends = policy.model.spec.eos_ids or (0,)
+    decode = samplers.make_sampler(
+        policy.model, max_new_tokens=max_new_tokens, eos_id=ends, temperature=0.0
+    )
+    rows = meshes.batch_sharding(mesh)
+    placed = meshes.shardings(policy.params, mesh)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), prompts))
+    shape = (prompts, prompt_length)
+    arguments = (
+        policy.params,
+        jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows),
+        jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=rows),
+        jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=rows),
+    )
+    program = jax.jit(decode, in_shardings=(placed, rows, rows, rows), out_shardings=rows)
+    return program, arguments

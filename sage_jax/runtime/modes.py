@@ -53,6 +53,7 @@ def sample(run: config.Run, workdir: pathlib.Path | None) -> int:
             samples=settings.per_problem, per_problem=settings.pairs_per_problem,
             temperature=settings.temperature, top_p=settings.top_p, seed=run.seed,
             batch=run.eval.batch, progress=lambda done, _: bar.update(done - bar.done),
+            rows=policy.rows,
         )  # fmt: skip
     if not rows:
         raise ValueError(

@@ -29,6 +29,11 @@ class Policy:
     fingerprint: str  # of the weights
     mesh: jax.sharding.Mesh | None = None  # where they lie; None: on the default device
 
+    @property
+    def rows(self) -> jax.sharding.NamedSharding | None:
+        """How arrays of sequences are split over the devices."""
+        return None if self.mesh is None else meshes.batch_sharding(self.mesh)
+
     def logps_fn(
         self, *, logit_norm: bool = False, light: bool = False, dtype: str = ""
     ) -> logprobs.LogpsFn:

@@ -32,6 +32,10 @@ class SequenceStats(NamedTuple):
     logit_norm: Array  # sum of ||onehot(y) - softmax||^2, 0 unless asked for
 
 
+# `(hidden_RTD, targets_RT, segment_RT, mask_RT, head_DV) -> (TokenStats, segment_RT, mask_RT)`
+TokenFn = Callable[..., tuple["TokenStats", Array, Array]]
+
+
 class TokenStats(NamedTuple):
     """The same quantities of single tokens: float32 [R, T], index t speaks of token t + 1."""
 
@@ -294,6 +298,7 @@ def make_logps_fn(
     chunk: int | None = None,
     logit_norm: bool = False,
     light: bool = False,
+    spread: Callable[[TokenFn], TokenFn] | None = None,
 ) -> LogpsFn:
     """Makes the function that every step takes, from a model's body and its output projection.
 
@@ -305,6 +310,10 @@ def make_logps_fn(
         logit_norm: also compute the squared norm of the logit-space gradient.
         light: for scoring: `entropy`, `mean_logit` and `hits` are not computed but 0, and only
             completion tokens pass through the head. A forward pass without a gradient.
+        spread: gives the head to devices that share rows and tokens, such as a `jax.shard_map` of
+            the function over both: its arrays are [R, T, ...], and the head is last. Left to the
+            compiler, the head's gradient would be summed over devices once a chunk. None: one
+            device, or the compiler's choice.
 
     Returns:
         A pure function `(params, frozen, batch) -> SequenceStats` of [R, S, 2] arrays.
@@ -314,28 +323,26 @@ def make_logps_fn(
     (1, 3, 2)
     """
 
-    def logps_fn(params, frozen, batch: batches.PackedBatch) -> SequenceStats:
-        targets_RT, segment_RT, mask_RT = targets(batch)
-        tokens = token_stats(
-            hidden_fn(params, frozen, batch),
-            head_fn(params, frozen),
-            targets_RT,
-            chunk=chunk,
-            logit_norm=logit_norm,
-        )
-        return sequence_stats(tokens, segment_RT, mask_RT, batch.pair_RS.shape[1])
+    def every_token(hidden_RTD, targets_RT, segment_RT, mask_RT, head_DV):
+        tokens = token_stats(hidden_RTD, head_DV, targets_RT, chunk=chunk, logit_norm=logit_norm)
+        return tokens, segment_RT, mask_RT
 
-    def light_fn(params, frozen, batch: batches.PackedBatch) -> SequenceStats:
-        targets_RT, segment_RT, mask_RT = targets(batch)
+    def completions(hidden_RTD, targets_RT, segment_RT, mask_RT, head_DV):
         tokens, order_RT = completion_stats(
-            hidden_fn(params, frozen, batch),
-            head_fn(params, frozen),
-            targets_RT,
-            mask_RT,
-            chunk=chunk,
-            logit_norm=logit_norm,
+            hidden_RTD, head_DV, targets_RT, mask_RT, chunk=chunk, logit_norm=logit_norm
         )
         segment_RT, mask_RT = (jnp.take_along_axis(x, order_RT, 1) for x in (segment_RT, mask_RT))
+        return tokens, segment_RT, mask_RT
+
+    per_token = completions if light else every_token
+    if spread is not None:
+        per_token = spread(per_token)
+
+    def logps_fn(params, frozen, batch: batches.PackedBatch) -> SequenceStats:
+        hidden_RTD = hidden_fn(params, frozen, batch)
+        tokens, segment_RT, mask_RT = per_token(
+            hidden_RTD, *targets(batch), head_fn(params, frozen)
+        )
         return sequence_stats(tokens, segment_RT, mask_RT, batch.pair_RS.shape[1])
 
-    return light_fn if light else logps_fn
+    return logps_fn

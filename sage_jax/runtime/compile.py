@@ -228,9 +228,10 @@ def make_step(name: str, run: config.Run, mesh: jax.sharding.Mesh) -> Lowered:
 def _sample_step(run: config.Run, policy: setup.Policy, mesh: jax.sharding.Mesh) -> Lowered:
     new = run.eval.max_new_tokens
     prompt = max(32, 1 << (max(run.data.max_length - new, 1).bit_length() - 1))
-    count = run.eval.batch
+    parts = meshes.row_multiple(mesh)
+    count = -(-run.eval.batch // parts) * parts
     program, arguments = programs.sampler(
-        run, policy, mesh, prompts=count, prompt_length=prompt, max_new_tokens=new
+        policy, prompts=count, prompt_length=prompt, max_new_tokens=new
     )
     lengths = np.full((count, 1), prompt + new)
     beside = device_bytes(state.abstract_state(run, policy.params, mesh))

@@ -176,6 +176,32 @@ def residual_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, RESIDUAL)
 
 
+def spread(mesh: Mesh) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Runs a function of [R, T, ...] arrays on each device's own rows, with the head whole.
+
+    For `logprobs.make_logps_fn`. Over `tensor` the head stays split as the compiler likes it.
+    """
+
+    def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
+        if mesh.size == 1:
+            return fn
+
+        def run(*arrays: jax.Array) -> Any:
+            *tokens, head_DV = arrays
+            return jax.shard_map(
+                fn,
+                mesh=mesh,
+                in_specs=(*[P(ROWS)] * len(tokens), P()),
+                out_specs=P(ROWS),
+                axis_names=set(ROWS),
+                check_vma=False,
+            )(*tokens, head_DV)
+
+        return run
+
+    return wrap
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, P())

@@ -92,34 +92,29 @@ def stats_step(
 
 
 def sampler(
-    run: config.Run,
-    policy: setup.Policy,
-    mesh: jax.sharding.Mesh,
-    *,
-    prompts: int,
-    prompt_length: int,
-    max_new_tokens: int,
+    policy: setup.Policy, *, prompts: int, prompt_length: int, max_new_tokens: int
 ) -> tuple[Any, tuple[Any, ...]]:
     """Greedy decoding of evaluations, and the shapes that it takes.
 
+    Args:
+        policy: the model, and its weights or their shapes.
+        prompts: decoded at a time.
+        prompt_length: tokens, padding counted.
+        max_new_tokens: of an answer.
+
     Returns:
-        The jitted `(params, tokens_BT, valid_BT, key_B) -> Sampled` and its abstract arguments.
+        The jitted function and its abstract arguments.
     """
     from sage_jax.generate import sampler as samplers
 
     ends = policy.model.spec.eos_ids or (0,)
-    decode = samplers.make_sampler(
-        policy.model, max_new_tokens=max_new_tokens, eos_id=ends, temperature=0.0
-    )
-    rows = meshes.batch_sharding(mesh)
-    placed = meshes.shardings(policy.params, mesh)
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), prompts))
+    program = samplers.compiled(policy.model, max_new_tokens, ends, 0.0, 1.0, policy.rows)
+    bits = jax.eval_shape(lambda: jax.random.key_data(jax.random.split(jax.random.key(0), prompts)))
     shape = (prompts, prompt_length)
     arguments = (
         policy.params,
-        jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows),
-        jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=rows),
-        jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=rows),
+        jax.ShapeDtypeStruct(shape, jnp.int32, sharding=policy.rows),
+        jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=policy.rows),
+        jax.ShapeDtypeStruct(bits.shape, bits.dtype, sharding=policy.rows),
     )
-    program = jax.jit(decode, in_shardings=(placed, rows, rows, rows), out_shardings=rows)
     return program, arguments

@@ -49,6 +49,7 @@ class Policy:
             lambda params, _: model.head(params),
             logit_norm=logit_norm,
             light=light,
+            spread=None if self.mesh is None else meshes.spread(self.mesh),
         )
 
 

@@ -46,23 +46,24 @@ def specs(tree) -> dict:
 @pytest.mark.parametrize(
     ("sizes", "shape"),
     [
-        ({}, (8, 1, 1)),
-        ({"data": 2, "fsdp": 2, "tensor": 2}, (2, 2, 2)),
-        ({"data": 1, "fsdp": -1}, (1, 8, 1)),
-        ({"data": -1, "fsdp": 4}, (2, 4, 1)),
-        ({"data": 2, "fsdp": 1, "tensor": -1}, (2, 1, 4)),
+        ({}, (8, 1, 1, 1)),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, (2, 2, 1, 2)),
+        ({"data": 1, "fsdp": -1}, (1, 8, 1, 1)),
+        ({"data": -1, "fsdp": 4}, (2, 4, 1, 1)),
+        ({"data": 2, "fsdp": 1, "tensor": -1}, (2, 1, 1, 4)),
+        ({"data": 1, "fsdp": 2, "context": 4}, (1, 2, 4, 1)),
     ],
 )
-def test_the_mesh_has_three_auto_axes_and_minus_one_takes_the_rest(sizes, shape):
+def test_the_mesh_has_four_auto_axes_and_minus_one_takes_the_rest(sizes, shape):
     mesh = mesh_lib.make_mesh(**sizes)
-    assert mesh.axis_names == ("data", "fsdp", "tensor")
+    assert mesh.axis_names == ("data", "fsdp", "context", "tensor")
     assert mesh.devices.shape == shape
     assert set(mesh.axis_types) == {AxisType.Auto}
 
 
 def test_one_device_has_the_same_three_axes():
     mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
-    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "context": 1, "tensor": 1}
     assert mesh_lib.row_multiple(mesh) == 1
 
 

@@ -21,7 +21,8 @@ from sage_jax import losses, noise, rules, scores
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    path: str = ""  # Hugging Face directory, .gguf file, "package:NAME", or "new" (from scratch)
+    path: str = ""  # Hugging Face directory, .gguf file, "package:NAME", or "new" (from scratch);
+    # for sage-jax compile also "spec:NAME", an architecture of models/catalog.py
     tokenizer: str = ""  # tokenizer directory; "" = the one beside the model
     dtype: str = "float32"  # of the matmuls inside the model: float32 or bfloat16
     # What the backward pass recomputes: "none", all but the "dots", "full" (least memory).
@@ -180,6 +181,7 @@ class Mesh:
     data: int = -1  # devices that split the batch; -1 = the rest
     fsdp: int = 1  # devices that split batch and parameters
     tensor: int = 1  # devices that split heads and channels
+    context: int = 1  # devices that split the tokens of a row, for long ones
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,7 +260,7 @@ _POSITIVE = (
     "loss.beta selection.damping selection.temperature curriculum.strata optim.lr train.steps "
     "train.batch_pairs train.accumulate eval.count eval.max_new_tokens eval.batch sample.count "
     "sample.per_problem sample.pairs_per_problem checkpoint.every checkpoint.keep mesh.fsdp "
-    "mesh.tensor"
+    "mesh.tensor mesh.context"
 ).split()
 _NOT_NEGATIVE = (
     "seed eval.seed data.limit loss.gamma loss.nll_weight loss.displacement_limit loss.nll_auto "

@@ -21,8 +21,7 @@ def batches(
     start: int = 0,
     threads: int = 2,
     prefetch: int = 4,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows_L: np.ndarray | None = None,
 ) -> Generator[batch.PackedBatch]:
     """The batches `start`, `start + 1`, ... of a plan, as numpy arrays.
 
@@ -38,13 +37,13 @@ def batches(
       start: first batch, in [0, K].
       threads: threads that build batches ahead; 0 builds them when asked for.
       prefetch: batches built ahead.
-      process_index, process_count: this process's share of the rows, contiguous.
+      rows_L: int, the rows of each batch to build (of several processes, each its own); None = all.
 
     Returns:
       An iterator; closing it ends its threads.
 
     Raises:
-      ValueError: if `start` lies outside the plan or the rows do not divide among the processes.
+      ValueError: if `start` or a row lies outside the plan.
       RuntimeError: if building a batch fails. A failure never looks like the end of the data.
     """
     source = pool.PlannedBatches(
@@ -53,8 +52,7 @@ def batches(
         row_length,
         ref_logps_N2=ref_logps_N2,
         weight_N=weight_N,
-        process_index=process_index,
-        process_count=process_count,
+        rows_L=rows_L,
     )
     if not 0 <= start <= len(source):
         raise ValueError(f"start={start} lies outside the plan of {len(source)} batches.")

@@ -17,10 +17,11 @@ class PlannedBatches:
       row_length: tokens in a row.
       ref_logps_N2: float [N, 2], reference log-probabilities in nats, or None.
       weight_N: float [N], weights of the pairs, or None.
-      process_index, process_count: each process builds an equal, contiguous share of the rows.
+      rows_L: int, the rows of each batch to build, such as those that this process needs; None =
+        all.
 
     Raises:
-      ValueError: if the rows do not divide among the processes.
+      ValueError: if a row lies outside the plan.
     """
 
     def __init__(
@@ -31,17 +32,14 @@ class PlannedBatches:
         *,
         ref_logps_N2: np.ndarray | None = None,
         weight_N: np.ndarray | None = None,
-        process_index: int = 0,
-        process_count: int = 1,
+        rows_L: np.ndarray | None = None,
     ):
         rows = pair_KRS.shape[1]
-        if not 0 <= process_index < process_count or rows % process_count:
+        if rows_L is not None and len(rows_L) and not 0 <= min(rows_L) <= max(rows_L) < rows:
             raise ValueError(
-                f"{rows} rows cannot be shared by process {process_index} of {process_count}; the "
-                "number of rows must be a multiple of the number of processes."
+                f"rows_L={list(rows_L)} of a plan with {rows} rows; each must lie in [0, {rows})."
             )
-        share = rows // process_count
-        self._local_KRS = pair_KRS[:, process_index * share : (process_index + 1) * share]
+        self._local_KRS = pair_KRS if rows_L is None else pair_KRS[:, rows_L]
         self._encoded, self._row_length = encoded, row_length
         self._ref_logps_N2, self._weight_N = ref_logps_N2, weight_N
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from sage_jax import logprobs
 from sage_jax.generate import sampler
@@ -89,6 +90,7 @@ def make_sampled_kl(
     *,
     max_new_tokens: int,
     eos_id: int | Sequence[int],
+    rows: NamedSharding | None = None,
 ) -> Callable[..., SampledKL]:
     """Makes `measure(params, ref_params, tokens_BT, valid_BT, key_B) -> SampledKL`.
 
@@ -103,12 +105,14 @@ def make_sampled_kl(
         reference: the reference's.
         max_new_tokens: the most tokens of a completion.
         eos_id: the token that ends a completion, or several such.
+        rows: how sequences are split over devices; None: not at all.
 
     Source: Amini, Vieira and Cotterell 2025, "Better estimation of the KL divergence between
     language models", arXiv 2504.10637; the term that DPO holds back, arXiv 2305.18290 eq. 3.
     """
-    model, reference = (dataclasses.replace(m, constrain=None) for m in (model, reference))
-    sample = sampler.make_sampler(model, max_new_tokens=max_new_tokens, eos_id=eos_id)
+    if rows is None:
+        model, reference = (dataclasses.replace(m, constrain=None) for m in (model, reference))
+    sample = sampler.make_sampler(model, max_new_tokens=max_new_tokens, eos_id=eos_id, rows=rows)
 
     def measure(params, ref_params, tokens_BT, valid_BT, key_B) -> SampledKL:
         drawn = sample(params, tokens_BT, valid_BT, key_B)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
 from sage_jax.generate import prompting, sampler
 from sage_jax.generate.problem import Problem
@@ -76,6 +77,7 @@ def greedy_accuracy(
     max_new_tokens: int,
     batch: int = 64,
     progress: Callable[[int, int], None] | None = None,
+    rows: NamedSharding | None = None,
 ) -> GreedyResult:
     """Greedy answers to problems, checked; overall and for each level.
 
@@ -88,6 +90,7 @@ def greedy_accuracy(
         max_new_tokens: the most tokens of an answer.
         batch: problems decoded at a time.
         progress: called as `progress(done, total)`.
+        rows: how sequences are split over devices, see `sampler.generate`.
 
     Raises:
         ValueError: no problems.
@@ -102,6 +105,7 @@ def greedy_accuracy(
         max_new_tokens=max_new_tokens,
         batch=batch,
         progress=progress,
+        rows=rows,
     )
     first = [completions[0] for completions in answers]
     right_P = np.array(

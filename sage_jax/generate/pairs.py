@@ -10,6 +10,8 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+from jax.sharding import NamedSharding
+
 from sage_jax.generate import prompting, sampler
 from sage_jax.generate.problem import Problem
 
@@ -48,6 +50,7 @@ def sample_pairs(
     seed: int = 0,
     batch: int = 64,
     progress: Callable[[int, int], None] | None = None,
+    rows: NamedSharding | None = None,
 ) -> tuple[list[dict[str, Any]], Yield]:
     """Samples answers from the policy and makes verified pairs of them.
 
@@ -64,6 +67,7 @@ def sample_pairs(
         seed: of the sampling and of the choice of pairs.
         batch: answers decoded at a time.
         progress: called as `progress(done, total)`.
+        rows: how sequences are split over devices, see `sampler.generate`.
 
     Returns:
         Records {"prompt", "chosen", "rejected", "pass_rate", "level", "task", "answer"} in the
@@ -91,6 +95,7 @@ def sample_pairs(
         seed=seed,
         batch=batch,
         progress=progress,
+        rows=rows,
     )
     records, tally = make_pairs(
         problems, answers, check=check, task=task, per_problem=per_problem, seed=seed

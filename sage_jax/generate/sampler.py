@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from sage_jax.generate import prompting
 
@@ -93,6 +94,7 @@ def make_sampler(
     eos_id: int | Sequence[int],
     temperature: float = 1.0,
     top_p: float = 1.0,
+    rows: NamedSharding | None = None,
 ) -> Callable[[Params, jax.Array, jax.Array, jax.Array], Sampled]:
     """Returns the pure function `sample(params, tokens_BT, valid_BT, key_B) -> Sampled`.
 
@@ -105,6 +107,7 @@ def make_sampler(
         eos_id: the token that ends a completion, or several such.
         temperature: divides the logits; 0 = greedy.
         top_p: nucleus sampling, 1 = off.
+        rows: how arrays of sequences are split, which keeps the cache split like them.
 
     Raises:
         ValueError: max_new_tokens below 1, or as `make_chooser`.
@@ -131,7 +134,7 @@ def make_sampler(
             return jnp.any(token_B[:, None] == end_E, axis=-1)
 
         position_BT = jnp.maximum(jnp.cumsum(valid_BT, axis=-1) - 1, 0).astype(jnp.int32)
-        cache = model.init_cache(count, length + max_new_tokens)
+        cache = _split_cache(model.init_cache(count, length + max_new_tokens), rows)
         hidden_BTD, cache = model.prefill(params, tokens_BT, position_BT, valid_BT, cache)
         nobody_B = jnp.zeros(count, bool)
         first_B = next_token(hidden_BTD[:, -1], 0, nobody_B)
@@ -162,19 +165,56 @@ def make_sampler(
     return sample
 
 
+def _split_cache(cache: Any, rows: NamedSharding | None) -> Any:
+    if rows is None:
+        return cache
+
+    def one(leaf: jax.Array) -> jax.Array:  # [L, B, ...]; heads follow their weights
+        free = (PartitionSpec.UNCONSTRAINED,) * (leaf.ndim - 2)
+        spec = PartitionSpec(None, rows.spec[0], *free)
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(rows.mesh, spec))
+
+    return jax.tree.map(one, cache)
+
+
 @functools.lru_cache(maxsize=16)
-def _compiled(
-    model: Any, max_new_tokens: int, eos_id: tuple[int, ...], temperature: float, top_p: float
+def compiled(
+    model: Any,
+    max_new_tokens: int,
+    eos_id: tuple[int, ...],
+    temperature: float,
+    top_p: float,
+    rows: NamedSharding | None = None,
 ) -> Callable[..., Sampled]:
-    # Cached, so that evaluating every few hundred steps compiles once.
+    """The jitted sampler of `(params, tokens_BT, valid_BT, key data)`, once for each setting."""
+    sample = make_sampler(
+        model, max_new_tokens=max_new_tokens, eos_id=eos_id, temperature=temperature, top_p=top_p,
+        rows=rows,
+    )  # fmt: skip
     return jax.jit(
-        make_sampler(
-            model,
-            max_new_tokens=max_new_tokens,
-            eos_id=eos_id,
-            temperature=temperature,
-            top_p=top_p,
-        )
+        lambda params, tokens, valid, bits: sample(
+            params, tokens, valid, jax.random.wrap_key_data(bits)
+        ),
+        out_shardings=everywhere(rows),
+    )
+
+
+def everywhere(rows: NamedSharding | None) -> NamedSharding | None:
+    """Where results go that every process reads: a copy on each device."""
+    return None if rows is None else NamedSharding(rows.mesh, PartitionSpec())
+
+
+def parts(rows: NamedSharding | None) -> int:
+    """Into how many parts sequences are split: a batch has a multiple of that."""
+    return 1 if rows is None else rows.mesh.size // rows.shard_shape((rows.mesh.size,))[0]
+
+
+def spread(arrays: Any, rows: NamedSharding | None) -> Any:
+    """Host arrays [B, ...] that every process has, split over the devices."""
+    if rows is None:
+        return arrays
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(x.shape, rows, lambda index: x[index]), arrays
     )
 
 
@@ -222,6 +262,7 @@ def generate(
     seed: int = 0,
     batch: int = 64,
     progress: Callable[[int, int], None] | None = None,
+    rows: NamedSharding | None = None,
 ) -> list[list[Completion]]:
     """Samples completions of prompts.
 
@@ -237,6 +278,9 @@ def generate(
         batch: sequences decoded at a time; the last batch is filled up with copies, so that every
             batch of one prompt length has the same shape.
         progress: called as `progress(sequences done, sequences in all)` after each batch.
+        rows: how sequences are split over the devices of the mesh that `params` lie on; batches are
+            rounded up to a multiple of them. With several processes all of them call this, with the
+            same arguments, and all get the same answers. None: not at all.
 
     Returns:
         For each prompt, in order, its `samples` completions.
@@ -247,16 +291,17 @@ def generate(
     if samples < 1 or batch < 1:
         raise ValueError(f"samples={samples}, batch={batch}: both must be at least 1.")
     ends = prompting.end_ids(model, tokenizer)
-    run = _compiled(model, max_new_tokens, ends, float(temperature), float(top_p))
+    run = compiled(model, max_new_tokens, ends, float(temperature), float(top_p), rows)
     ids = [prompting.encode_prompt(tokenizer, prompt) for prompt in prompts]
     total = len(prompts) * samples
-    keys = _sequence_keys(seed, len(prompts), samples)
+    bits = np.asarray(jax.random.key_data(_sequence_keys(seed, len(prompts), samples)))
     out: list[Completion | None] = [None] * total
-    done, batch = 0, min(batch, total)
+    done, batch = 0, -(-min(batch, total) // parts(rows)) * parts(rows)
     for padded, members in plan_batches([len(ids[q // samples]) for q in range(total)], batch):
         filled = members + [members[-1]] * (batch - len(members))
         tokens_BT, valid_BT = left_pad([ids[q // samples] for q in filled], padded)
-        result = jax.device_get(run(params, tokens_BT, valid_BT, keys[np.asarray(filled)]))
+        given = spread((tokens_BT, valid_BT, bits[np.asarray(filled)]), rows)
+        result = jax.device_get(run(params, *given))
         for row, q in enumerate(members):
             length, finished = int(result.length_B[row]), bool(result.finished_B[row])
             text = tokenizer.decode(result.tokens_BN[row, :length], skip_special_tokens=True)

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from sage_jax.models.decoder import Cache as Cache
     from sage_jax.models.decoder import Model as Model
     from sage_jax.models.exporter import export as export
+    from sage_jax.models.fingerprints import fingerprint as fingerprint
     from sage_jax.models.hf import load as load
     from sage_jax.models.spec import ModelSpec as ModelSpec
     from sage_jax.models.spec import RopeScaling as RopeScaling
-    from sage_jax.models.tensors import fingerprint as fingerprint
     from sage_jax.models.tokenizer import load_tokenizer as load_tokenizer
 
 _HOME = {
@@ -25,7 +25,7 @@ _HOME = {
     "ModelSpec": "spec",
     "RopeScaling": "spec",
     "export": "exporter",
-    "fingerprint": "tensors",
+    "fingerprint": "fingerprints",
     "load": "hf",
     "load_tokenizer": "tokenizer",
 }

@@ -33,7 +33,7 @@ def export(
     """Writes a directory that transformers loads, and `models.load` too.
 
     It appears complete or not at all: it is written beside its place and renamed. With several
-    processes every one must call this; the first writes.
+    processes every one must call this; the first writes, and holds no more than one file's weights.
 
     Args:
       directory: where to; may be absent, empty, or an earlier export, which is replaced.
@@ -55,15 +55,17 @@ def export(
     config = hf_config.to_hf(model.spec, dtype=dtype)
     config[_MARK] = f"sage_jax {sage_jax.__version__}"
     _refuse_strangers(target)
-    host = {path: tensors.to_host(leaf) for path, leaf in tensors.leaves(params)}
-    if jax.process_index() != 0:
+    parts = dict(tensors.leaves(params))
+    if jax.process_index() != 0:  # it takes part in gathering, tensor by tensor, and keeps nothing
+        for row, layer in tensors.slices(model.spec):
+            _slice(parts, row, layer, np.dtype(decoder.DTYPES[dtype]))
         return target
     with _replacing(target) as temporary:
         _write_json(temporary / "config.json", config)
         ids = ("bos_token_id", "eos_token_id", "pad_token_id")
         generation = {key: config[key] for key in ids if config[key] is not None}
         _write_json(temporary / "generation_config.json", generation)
-        _write_weights(temporary, model, host, dtype, shard_bytes)
+        _write_weights(temporary, model, parts, dtype, shard_bytes)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(temporary))
     return target
@@ -100,7 +102,7 @@ def _replacing(target: pathlib.Path) -> Iterator[pathlib.Path]:
 def _write_weights(
     directory: pathlib.Path,
     model: decoder.Model,
-    host: dict[str, np.ndarray],
+    parts: dict[str, Any],
     dtype: str,
     shard_bytes: int,
 ) -> None:
@@ -110,7 +112,7 @@ def _write_weights(
     shards: list[list[tuple[tensors.Tensor, int]]] = [[]]
     used = total = 0
     for row, layer in tensors.slices(model.spec):
-        shape = host[row.path].shape[1:] if tensors.is_stacked(row) else host[row.path].shape
+        shape = parts[row.path].shape[1:] if tensors.is_stacked(row) else parts[row.path].shape
         size = int(np.prod(shape)) * kind.itemsize
         if shards[-1] and used + size > shard_bytes:
             shards.append([])
@@ -123,7 +125,7 @@ def _write_weights(
         name = "model.safetensors"
         if len(shards) > 1:
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        weights = {row.hf.format(layer): _slice(host, row, layer, kind) for row, layer in shard}
+        weights = {row.hf.format(layer): _slice(parts, row, layer, kind) for row, layer in shard}
         safetensors_numpy.save_file(weights, directory / name, metadata={"format": "pt"})
         (directory / name).chmod(0o644)  # written for the owner alone otherwise
         home.update(dict.fromkeys(weights, name))
@@ -132,10 +134,8 @@ def _write_weights(
         _write_json(directory / "model.safetensors.index.json", index)
 
 
-def _slice(
-    host: dict[str, np.ndarray], row: tensors.Tensor, layer: int, kind: np.dtype
-) -> np.ndarray:
-    value = host[row.path][layer] if tensors.is_stacked(row) else host[row.path]
+def _slice(parts: dict[str, Any], row: tensors.Tensor, layer: int, kind: np.dtype) -> np.ndarray:
+    value = tensors.fetch(parts[row.path], (layer,) if tensors.is_stacked(row) else ())
     return np.ascontiguousarray((value.T if row.transposed else value).astype(kind))
 
 

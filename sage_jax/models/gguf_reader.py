@@ -56,12 +56,15 @@ def _open(file: pathlib.Path, changed_ns: int) -> tuple[Any, dict[str, Any]]:
     return reader, fields
 
 
-def read(file: pathlib.Path) -> tuple[spec_lib.ModelSpec, decoder.Params]:
+def read(
+    file: pathlib.Path, place: tensors.Place | None = None
+) -> tuple[spec_lib.ModelSpec, decoder.Params]:
     """Reads a model.
 
     Args:
       file: a GGUF file of a supported architecture, in any quantisation the `gguf` package can
         undo.
+      place: where the parameters go, as in `models.load`.
 
     Returns:
       The spec and float32 parameters.
@@ -77,21 +80,29 @@ def read(file: pathlib.Path) -> tuple[spec_lib.ModelSpec, decoder.Params]:
     tensors.check_names(expected, stored, str(file), "Its metadata")
     permuted = spec_lib.FAMILIES[spec.family].gguf_permuted
 
-    def one(row: tensors.Tensor, layer: int) -> np.ndarray:
-        value = _dequantise(file, stored[row.gguf.format(layer)])
-        part = row.path.split("/")[-2]
-        if permuted and part in ("q", "k"):
-            value = _unpermute(value, spec.heads if part == "q" else spec.kv_heads)
-        return value
+    def shape(row: tensors.Tensor, layer: int) -> tuple[int, ...]:
+        return tuple(int(n) for n in reversed(stored[row.gguf.format(layer)].shape))
 
-    return spec, tensors.assemble(spec, one, str(file))
+    def part(row: tensors.Tensor, layer: int, index: tensors.Index) -> np.ndarray:
+        """Blocks run along the last axis: whole rows are undone, and cut afterwards."""
+        rows: Any = index[0]
+        side = row.path.split("/")[-2]
+        if permuted and side in ("q", "k"):
+            count = shape(row, layer)[0]
+            order = _unpermute(np.arange(count), spec.heads if side == "q" else spec.kv_heads)
+            rows = order[rows]
+        value = _dequantise(file, stored[row.gguf.format(layer)], rows)
+        return value[(slice(None), *index[1:])]
+
+    return spec, tensors.assemble(spec, tensors.Source(shape, part), str(file), place)
 
 
-def _dequantise(file: pathlib.Path, tensor: Any) -> np.ndarray:
+def _dequantise(file: pathlib.Path, tensor: Any, rows: Any = slice(None)) -> np.ndarray:
+    """A tensor as float32, or some of its rows: of a vector, these are its elements."""
     import gguf
 
     try:
-        value = gguf.dequantize(tensor.data, tensor.tensor_type)
+        value = gguf.dequantize(tensor.data[rows], tensor.tensor_type)
     except NotImplementedError as e:
         raise ValueError(
             f"{file}: {tensor.name} is quantised as {tensor.tensor_type.name}, which the gguf "

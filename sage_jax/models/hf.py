@@ -21,13 +21,15 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def load(
-    path: str | os.PathLike[str], dtype: str = "float32"
+    path: str | os.PathLike[str], dtype: str = "float32", *, place: tensors.Place | None = None
 ) -> tuple[decoder.Model, decoder.Params]:
     """Loads a model.
 
     Args:
       path: a Hugging Face directory, a .gguf file, or `package:NAME[/INSIDE]`.
       dtype: compute dtype, "float32" or "bfloat16"; parameters are float32 either way.
+      place: from the tree of the parameters' shapes to one of shardings; each process then reads
+        and holds its own shards only. None: all of it, on the default device.
 
     Returns:
       The model and its parameters.
@@ -38,9 +40,9 @@ def load(
     """
     where = sources.resolve(path)
     if where.is_file() and where.suffix == ".gguf":
-        spec, params = gguf_reader.read(where)
+        spec, params = gguf_reader.read(where, place)
     elif where.is_dir():
-        spec, params = _read_directory(where)
+        spec, params = _read_directory(where, place)
     else:
         raise ValueError(
             f"model path {str(where)!r} is neither a directory with config.json nor a .gguf file."
@@ -56,7 +58,9 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
         raise ValueError(f"{file}: not valid JSON ({e}). Copy the file again.") from e
 
 
-def _read_directory(where: pathlib.Path) -> tuple[spec_lib.ModelSpec, decoder.Params]:
+def _read_directory(
+    where: pathlib.Path, place: tensors.Place | None
+) -> tuple[spec_lib.ModelSpec, decoder.Params]:
     config_file = where / "config.json"
     if not config_file.exists():
         hint = "It holds a LoRA adapter: merge it into its base model first."
@@ -66,7 +70,7 @@ def _read_directory(where: pathlib.Path) -> tuple[spec_lib.ModelSpec, decoder.Pa
     generation_file = where / "generation_config.json"
     generation = read_json(generation_file) if generation_file.exists() else None
     spec = hf_config.from_hf(read_json(config_file), generation, origin=str(config_file))
-    return spec, _read_safetensors(where, spec)
+    return spec, _read_safetensors(where, spec, place)
 
 
 def _weight_files(where: pathlib.Path) -> list[pathlib.Path]:
@@ -89,7 +93,9 @@ def _weight_files(where: pathlib.Path) -> list[pathlib.Path]:
     return files
 
 
-def _read_safetensors(where: pathlib.Path, spec: spec_lib.ModelSpec) -> decoder.Params:
+def _read_safetensors(
+    where: pathlib.Path, spec: spec_lib.ModelSpec, place: tensors.Place | None
+) -> decoder.Params:
     import safetensors
 
     with contextlib.ExitStack() as stack:
@@ -100,14 +106,18 @@ def _read_safetensors(where: pathlib.Path, spec: spec_lib.ModelSpec) -> decoder.
         expected = [row.hf.format(layer) for row, layer in tensors.slices(spec)]
         tensors.check_names(expected, home, str(where), "config.json")
 
-        def read(row: tensors.Tensor, layer: int) -> np.ndarray:
+        def opened(row: tensors.Tensor, layer: int) -> Any:
             name = row.hf.format(layer)
-            kind = home[name].get_slice(name).get_dtype()
-            if kind not in _FLOATS:
+            found = home[name].get_slice(name)
+            if found.get_dtype() not in _FLOATS:
                 raise ValueError(
-                    f"{where}: {name} is stored as {kind}; only {', '.join(_FLOATS)} are read. "
-                    f"Use an unquantised copy of the model."
+                    f"{where}: {name} is stored as {found.get_dtype()}; only {', '.join(_FLOATS)} "
+                    f"are read. Use an unquantised copy of the model."
                 )
-            return np.asarray(home[name].get_tensor(name), np.float32)
+            return found
 
-        return tensors.assemble(spec, read, str(where))
+        source = tensors.Source(
+            lambda row, layer: tuple(opened(row, layer).get_shape()),
+            lambda row, layer, index: np.asarray(opened(row, layer)[index], np.float32),
+        )
+        return tensors.assemble(spec, source, str(where), place)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import re
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from sage_jax.models import decoder
 from sage_jax.models import spec as spec_lib
@@ -61,8 +62,12 @@ _IGNORED = re.compile(
 
 def shapes(spec: spec_lib.ModelSpec) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter of a model by path, without building it."""
-    tree = jax.eval_shape(decoder.Model(spec).init, jax.random.key(0))
-    return {path: leaf.shape for path, leaf in leaves(tree)}
+    return {path: leaf.shape for path, leaf in leaves(abstract(spec))}
+
+
+def abstract(spec: spec_lib.ModelSpec) -> Any:
+    """The parameter tree of a model as `jax.ShapeDtypeStruct`s, without building it."""
+    return jax.eval_shape(decoder.Model(spec).init, jax.random.key(0))
 
 
 def leaves(params: decoder.Params) -> Iterator[tuple[str, Any]]:
@@ -119,16 +124,27 @@ def check_names(
         )
 
 
+Index = tuple[slice, ...]  # of a tensor, every start and stop a number
+Place = Callable[[Any], Any]  # from a tree of jax.ShapeDtypeStructs to one of shardings
+
+
+class Source(NamedTuple):
+    """A file, tensor by tensor, in Hugging Face's layout; the layer is 0 for rows without one."""
+
+    shape: Callable[[Tensor, int], tuple[int, ...]]
+    read: Callable[[Tensor, int, Index], np.ndarray]  # this part alone, float32
+
+
 def assemble(
-    spec: spec_lib.ModelSpec, read: Callable[[Tensor, int], np.ndarray], origin: str
+    spec: spec_lib.ModelSpec, source: Source, origin: str, place: Place | None = None
 ) -> decoder.Params:
-    """Builds the parameter tree from single tensors, one in memory at a time.
+    """Builds the parameter tree; each process reads the parts that its devices hold, and no more.
 
     Args:
       spec: the model.
-      read: returns the tensor of a row and layer as float32 in Hugging Face's layout; the layer is
-        0 for rows without one.
-      origin: the file, for messages.
+      source: the file.
+      origin: the file's name, for messages.
+      place: where each leaf goes, from the tree of their shapes; None: whole on the default device.
 
     Returns:
       Nested dict of float32 arrays.
@@ -136,53 +152,77 @@ def assemble(
     Raises:
       ValueError: if a tensor's shape is not the one the spec implies.
     """
+    shardings = None if place is None else dict(leaves(place(abstract(spec))))
     params: dict[str, Any] = {}
     for row, shape in present(spec):
-        stacked = np.empty(shape if is_stacked(row) else (1, *shape), np.float32)
-        for layer in range(len(stacked)):
-            value = read(row, layer)
-            value = value.T if row.transposed else value
-            if value.shape != stacked.shape[1:]:
-                raise ValueError(
-                    f"{origin}: {row.hf.format(layer)} (GGUF {row.gguf.format(layer)}) gives "
-                    f"{row.path} the shape {value.shape}, but the config implies "
-                    f"{stacked.shape[1:]}. The weights belong to another config."
-                )
-            stacked[layer] = value
+        for layer in range(shape[0] if is_stacked(row) else 1):
+            _check_shape(row, layer, shape, source, origin)
         node = params
         *folders, leaf = row.path.split("/")
         for folder in folders:
             node = node.setdefault(folder, {})
-        node[leaf] = jnp.asarray(stacked if is_stacked(row) else stacked[0])
+        node[leaf] = _leaf(row, shape, source, None if shardings is None else shardings[row.path])
     return params
 
 
-def to_host(leaf: Any) -> np.ndarray:
-    """The whole array on this host, wherever its shards are; every process must call it."""
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        from jax.experimental import multihost_utils
+def _check_shape(
+    row: Tensor, layer: int, shape: tuple[int, ...], source: Source, origin: str
+) -> None:
+    needed = shape[1:] if is_stacked(row) else shape
+    found = source.shape(row, layer)
+    found = found[::-1] if row.transposed else found
+    if found != needed:
+        raise ValueError(
+            f"{origin}: {row.hf.format(layer)} (GGUF {row.gguf.format(layer)}) gives {row.path} "
+            f"the shape {found}, but the config implies {needed}. The weights belong to another "
+            f"config."
+        )
 
-        leaf = multihost_utils.process_allgather(leaf, tiled=True)
-    return np.asarray(leaf)
+
+def _leaf(
+    row: Tensor, shape: tuple[int, ...], source: Source, sharding: jax.sharding.Sharding | None
+) -> jax.Array:
+    """One parameter, whole or as the shards of this process."""
+    known: dict[tuple[tuple[int, int], ...], np.ndarray] = {}  # devices may hold the same part
+
+    def part(index: Index | None) -> np.ndarray:
+        assert index is not None
+        ends = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+        if ends not in known:
+            known[ends] = _cut(row, ends, source)
+        return known[ends]
+
+    if sharding is None:
+        return jnp.asarray(part(tuple(slice(None) for _ in shape)))
+    return jax.make_array_from_callback(shape, sharding, part)
 
 
-def fingerprint(params: decoder.Params) -> str:
-    """A name for these weights: equal for equal bits, wherever and however they are sharded.
+def _cut(row: Tensor, ends: tuple[tuple[int, int], ...], source: Source) -> np.ndarray:
+    """The part of a parameter between `ends`, one layer of it in memory besides at a time."""
+    first, last = ends[0] if is_stacked(row) else (0, 1)
+    inner = ends[1:] if is_stacked(row) else ends
+    index = tuple(slice(*pair) for pair in (inner[::-1] if row.transposed else inner))
+    out = np.empty((last - first, *(stop - start for start, stop in inner)), np.float32)
+    for layer in range(first, last):
+        value = source.read(row, layer, index)
+        out[layer - first] = value.T if row.transposed else value
+    return out if is_stacked(row) else out[0]
 
-    Args:
-      params: parameter tree; with several processes every one must call this.
 
-    Returns:
-      32 hexadecimal digits, over paths, shapes, dtypes and bytes.
+def fetch(leaf: Any, at: tuple[int, ...] = ()) -> np.ndarray:
+    """An array, or what lies at an index of its leading axes, on this host.
 
-    >>> fingerprint({"w": np.zeros(2)}) == fingerprint({"w": np.zeros(2)})
-    True
-    >>> fingerprint({"w": np.zeros(2)}) == fingerprint({"w": np.ones(2)})
-    False
+    Nothing besides that part is gathered. With several processes every one must call it.
+
+    >>> fetch(jnp.arange(6).reshape(3, 2), (1,)).tolist()
+    [2, 3]
     """
-    digest = hashlib.blake2b(digest_size=16)
-    for path, leaf in leaves(params):
-        value = np.ascontiguousarray(to_host(leaf))
-        digest.update(f"{path} {value.dtype.name} {value.shape};".encode())
-        digest.update(value.reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
+    if isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding):
+        whole = NamedSharding(leaf.sharding.mesh, PartitionSpec())
+        return np.asarray(_part(whole)(leaf, at))
+    return np.asarray(leaf)[at]
+
+
+@functools.lru_cache(maxsize=8)
+def _part(whole: NamedSharding) -> Callable[..., jax.Array]:
+    return jax.jit(lambda leaf, at: leaf[at], out_shardings=whole)

@@ -11,18 +11,7 @@ import numpy as np
 from sage_jax import batch
 from sage_jax.data import encode
 from sage_jax.models import decoder
-
-# Dense bfloat16 FLOP/s of one device, from the makers' data sheets, by `jax.Device.device_kind`.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-}
+from sage_jax.runtime import chips
 
 
 @dataclasses.dataclass
@@ -124,7 +113,7 @@ def speed(tokens: int, flops: float, seconds: float, peak_flops: float | None) -
 
 def peak_flops(dtype: str) -> float | None:
     """FLOP/s of all devices together; None where it is not known, as on CPUs or in float32."""
-    one = PEAK_FLOPS.get(jax.devices()[0].device_kind) if dtype == "bfloat16" else None
+    one = chips.PEAK_FLOPS.get(jax.devices()[0].device_kind) if dtype == "bfloat16" else None
     return None if one is None else one * jax.device_count()
 
 

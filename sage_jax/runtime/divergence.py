@@ -39,17 +39,24 @@ class Divergence:
         chosen = np.random.default_rng(settings.seed).choice(len(pairs), count, replace=False)
         ids = [pairs.sequence(int(i), 0) for i in np.sort(chosen)]
         prompts = [list(map(int, tokens[:start])) for tokens, start in ids]
-        self.batch = min(settings.batch, count)
+        self.rows, parts = policy.rows, sampler.parts(policy.rows)
+        self.batch = -(-min(settings.batch, count) // parts) * parts
         length = -(-max(map(len, prompts)) // 32) * 32
         self.tokens_PT, self.valid_PT = sampler.left_pad(prompts, length)
         # The same keys each time: what differs from one evaluation to the next is the policy.
-        self.key_P = jax.random.split(jax.random.key(settings.seed), count)
+        keys = jax.random.split(jax.random.key(settings.seed), count)
+        self.bits_P = np.asarray(jax.random.key_data(keys))
         self.reference = policy if other is None else other
         measure = divergence.make_sampled_kl(
             policy.model, self.reference.model, max_new_tokens=settings.max_new_tokens,
-            eos_id=prompting.end_ids(policy.model, policy.tokenizer),
+            eos_id=prompting.end_ids(policy.model, policy.tokenizer), rows=self.rows,
         )  # fmt: skip
-        self.measure: Callable[..., divergence.SampledKL] = jax.jit(measure)
+        self.measure: Callable[..., divergence.SampledKL] = jax.jit(
+            lambda params, reference, tokens, valid, bits: measure(
+                params, reference, tokens, valid, jax.random.wrap_key_data(bits)
+            ),
+            out_shardings=sampler.everywhere(self.rows),
+        )
 
     def __call__(self, params: Any) -> dict[str, float]:
         """`eval_kl`, nats an answer, its standard error `eval_kl_error`, `eval_kl_per_token`."""
@@ -57,10 +64,8 @@ class Divergence:
         for at in range(0, count, self.batch):
             # The last batch is filled up with copies: one shape, one program.
             index = np.minimum(np.arange(at, at + self.batch), count - 1)
-            part = self.measure(
-                params, self.reference.params,
-                self.tokens_PT[index], self.valid_PT[index], self.key_P[index],
-            )  # fmt: skip
+            given = (self.tokens_PT[index], self.valid_PT[index], self.bits_P[index])
+            part = self.measure(params, self.reference.params, *sampler.spread(given, self.rows))
             found.append(jax.device_get(part))
         whole = divergence.SampledKL(
             *(np.concatenate(parts)[:count] for parts in zip(*found, strict=True))

@@ -203,6 +203,7 @@ class Evaluator:
                 max_new_tokens=settings.max_new_tokens,
                 batch=settings.batch,
                 progress=lambda done, _: bar.update(done - bar.done),
+                rows=self.policy.rows,
             )
         return self.last
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import functools
 import time
 from typing import Any, NamedTuple
 
@@ -11,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sage_jax import batch, config, curriculum, logprobs, losses, scores, step
+from sage_jax import batch, config, curriculum, logprobs, losses, scores
 from sage_jax.data import encode, pack, pipeline
 from sage_jax.report import progress
-from sage_jax.runtime import counters, reference, rounds, setup
+from sage_jax.runtime import counters, programs, reference, rounds, setup
 from sage_jax.runtime import mesh as meshes
 
 
@@ -23,11 +22,7 @@ class Passes:
 
     def __init__(self, policy: setup.Policy, mesh: jax.sharding.Mesh, shape: pack.RowShape):
         self.mesh, self.shape = mesh, shape
-        rows, whole = meshes.batch_sharding(mesh), meshes.replicated(mesh)
         placed = meshes.shardings(policy.params, mesh)
-        self._jit = functools.partial(
-            jax.jit, in_shardings=(placed, None, rows), out_shardings=whole
-        )
         self._cast = jax.jit(cast_matrices, static_argnames="dtype", out_shardings=placed)
         self._policy = policy
         self._programs: dict[tuple[bool, bool, str], Any] = {}
@@ -39,8 +34,9 @@ class Passes:
         if key in self._programs:
             return self._programs[key](params, None, rows)
         start, (logit_norm, light, dtype) = time.perf_counter(), key
-        fn = self._policy.logps_fn(logit_norm=logit_norm, light=light, dtype=dtype)
-        self._programs[key] = self._jit(step.make_stats_step(fn))
+        self._programs[key] = programs.stats_step(
+            self._policy, self.mesh, logit_norm=logit_norm, light=light, dtype=dtype
+        )
         started = self._programs[key](params, None, rows)
         self.seconds_compiling += time.perf_counter() - start
         return started

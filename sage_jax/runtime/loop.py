@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sage_jax import config, curriculum, logprobs, noise, scores, selection, step
+from sage_jax import config, curriculum, logprobs, noise, scores, step
 from sage_jax.data import encode, pipeline
 from sage_jax.report import progress, writers
 from sage_jax.runtime import (
@@ -28,6 +28,7 @@ from sage_jax.runtime import (
     counters,
     displacement,
     forward,
+    programs,
     resample,
     rounds,
     setup,
@@ -120,32 +121,7 @@ class Trainer:
         self.state = jax.jit(
             lambda p: state.init_state(run, jax.tree.map(jnp.copy, p), tx), out_shardings=placed
         )(self.policy.params)
-        uses_scores = (
-            config.needs_scores(run) or run.curriculum.sharpness > 0 or run.selection.soft > 0
-        ) or run.selection.guard != "off"
-        weigh = None
-        if run.selection.soft:
-            weigh = lambda pairs, weight: selection.soft_weights(  # noqa: E731
-                pairs.score, run.selection.soft, weight
-            )
-        train_step = step.make_train_step(
-            self.policy.logps_fn(logit_norm="logit_norm" in run.selection.stability),
-            self.loss,
-            tx,
-            score_fn=self.score_fn if uses_scores else None,
-            weight_fn=weigh,
-            nll_weight=run.loss.nll_weight,
-            token_weighted=run.loss.name == "sft",
-            accumulate=run.train.accumulate,
-            beta_alpha=state.beta_alpha(run),
-        )
-        nll = (None,) if run.loss.nll_auto else ()  # its weight, see _nll
-        self.train_step = jax.jit(
-            train_step,
-            in_shardings=(placed, None, meshes.batch_sharding(mesh), *nll),
-            out_shardings=(placed, meshes.replicated(mesh)),
-            donate_argnums=0,
-        )
+        self.train_step = programs.train_step(run, self.policy, mesh, tx, self.loss, self.score_fn)
 
     def _nll(self) -> tuple[np.float32, ...]:
         """The weight of the NLL term in the step to come, where it may change."""

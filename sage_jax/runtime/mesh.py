@@ -1,8 +1,9 @@
 """Where arrays live: the device mesh and one table of rules for weights and optimizer state.
 
-The mesh always has the three axes `data`, `fsdp` and `tensor`, also on a single device, so that a
-program written for one device is the program for a pod. Rows of a batch are split over
-(`data`, `fsdp`); weights are split over `fsdp` and `tensor` and repeated over `data`.
+The mesh always has the axes `data`, `fsdp`, `context` and `tensor`, also on a single device, so
+that a program written for one device is the program for a pod. Rows of a batch are split over
+(`data`, `fsdp`), the tokens of a row over `context`; weights are split over `fsdp`, `context` and
+`tensor` and repeated over `data`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,19 +22,31 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 P = PartitionSpec
 Rules = Sequence[tuple[str, PartitionSpec]]
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "context", "tensor")
 ROWS = ("data", "fsdp")  # the mesh axes over which the rows of a batch are split
-RESIDUAL = P(ROWS, None, None)  # hidden_RTD between blocks; without it the batch is un-sharded
+CONTEXT = "context"  # the mesh axis over which the tokens of a row are split
+TOKENS = P(ROWS, CONTEXT)  # an array of [R, T]
+RESIDUAL = P(ROWS, CONTEXT, None)  # hidden_RTD between blocks; without it the batch is un-sharded
+WEIGHTS = ("fsdp", CONTEXT)  # the mesh axes that split weights without splitting their products
 
 # First match wins. The leading axis of everything under `layers` is the stacked layer, which is
-# never split: scan slices it on every device.
+# never split: scan slices it on every device. An adapter's rank is small and stays whole; its other
+# side is split as that side of its weight is.
 RULES: Rules = (
     (r"norm", P()),
     (r"bias$", P()),
-    (r"lm_head", P("fsdp", "tensor")),  # [D, V]
-    (r"embed", P("tensor", "fsdp")),  # [V, D]
-    (r"layers/.*/(q|k|v|gate|up)/", P(None, "fsdp", "tensor")),
-    (r"layers/.*/(o|down)/", P(None, "tensor", "fsdp")),
+    (r"lm_head/lora_a", P(WEIGHTS, None)),
+    (r"lm_head/lora_b", P(None, "tensor")),
+    (r"lm_head", P(WEIGHTS, "tensor")),  # [D, V]
+    (r"embed/lora_a", P("tensor", None)),
+    (r"embed/lora_b", P(None, WEIGHTS)),
+    (r"embed", P("tensor", WEIGHTS)),  # [V, D]
+    (r"layers/.*/(q|k|v|gate|up)/lora_a", P(None, WEIGHTS, None)),
+    (r"layers/.*/(q|k|v|gate|up)/lora_b", P(None, None, "tensor")),
+    (r"layers/.*/(q|k|v|gate|up)/", P(None, WEIGHTS, "tensor")),
+    (r"layers/.*/(o|down)/lora_a", P(None, "tensor", None)),
+    (r"layers/.*/(o|down)/lora_b", P(None, None, WEIGHTS)),
+    (r"layers/.*/(o|down)/", P(None, "tensor", WEIGHTS)),
 )
 
 
@@ -41,9 +54,10 @@ def make_mesh(
     data: int = -1,
     fsdp: int = 1,
     tensor: int = 1,
+    context: int = 1,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """A mesh with the axes data, fsdp and tensor.
+    """A mesh with the axes data, fsdp, context and tensor.
 
     Args:
       data: copies of the weights, each with its own rows; -1 = all devices that are left.
@@ -59,10 +73,10 @@ def make_mesh(
         sizes is not the number of devices.
 
     >>> dict(make_mesh(devices=jax.devices()[:1]).shape)
-    {'data': 1, 'fsdp': 1, 'tensor': 1}
+    {'data': 1, 'fsdp': 1, 'context': 1, 'tensor': 1}
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = dict(zip(AXES, (data, fsdp, tensor), strict=True))
+    sizes = dict(zip(AXES, (data, fsdp, context, tensor), strict=True))
     for name, size in sizes.items():
         if size < 1 and size != -1:
             raise ValueError(
@@ -167,6 +181,32 @@ def residual_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, RESIDUAL)
 
 
+def spread(mesh: Mesh) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Runs a function of [R, T, ...] arrays on each device's own tokens, with the head whole.
+
+    For `logprobs.make_logps_fn`. Over `tensor` the head stays split as the compiler likes it.
+    """
+
+    def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
+        if mesh.size == 1:
+            return fn
+
+        def run(*arrays: jax.Array) -> Any:
+            *tokens, head_DV = arrays
+            return jax.shard_map(
+                fn,
+                mesh=mesh,
+                in_specs=(*[TOKENS] * len(tokens), P()),
+                out_specs=TOKENS,
+                axis_names={*ROWS, CONTEXT},
+                check_vma=False,
+            )(*tokens, head_DV)
+
+        return run
+
+    return wrap
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, P())
@@ -181,33 +221,92 @@ def row_multiple(mesh: Mesh) -> int:
     return int(np.prod([mesh.shape[axis] for axis in ROWS]))
 
 
-def put(batch: Any, mesh: Mesh) -> Any:
-    """The rows that this process loaded, as global arrays split by `batch_sharding`.
+def local_rows(mesh: Mesh, rows: int) -> np.ndarray:
+    """Which rows of a batch lie on this process's devices: the only ones that it has to build.
+
+    Processes that share a row, because `tensor` goes across them, each build it.
 
     Args:
-      batch: a tree of numpy arrays, rows first; each process gives its own consecutive rows.
       mesh: a mesh of `make_mesh`.
+      rows: of the whole batch.
+
+    Returns:
+      int64, increasing.
+
+    Raises:
+      ValueError: the rows are not a multiple of `row_multiple(mesh)`.
+
+    >>> local_rows(make_mesh(devices=jax.devices()[:1]), 3).tolist()
+    [0, 1, 2]
+    """
+    if rows % row_multiple(mesh):
+        raise ValueError(
+            f"A batch of {rows} rows cannot be split over the {row_multiple(mesh)} devices of the "
+            f"axes {' and '.join(ROWS)}. Plan the rows in multiples of it."
+        )
+    here = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
+    found = [np.arange(rows)[index] for index in here if index is not None]
+    return np.unique(np.concatenate(found))
+
+
+def put(batch: Any, mesh: Mesh, rows: int | None = None) -> Any:
+    """The rows that this process built, as global arrays split by `batch_sharding`.
+
+    Args:
+      batch: a tree of numpy arrays, rows first; each process gives its `local_rows`.
+      mesh: a mesh of `make_mesh`.
+      rows: of the whole batch; None: `batch` has them all.
 
     Returns:
       The same tree of `jax.Array`s, whose rows are those of all processes.
 
     Raises:
-      ValueError: the rows of all processes are not a multiple of `row_multiple(mesh)`.
+      ValueError: the rows are not a multiple of `row_multiple(mesh)`, or not those of this process.
 
     >>> put({"tokens_RT": np.zeros((2, 8))}, make_mesh(devices=jax.devices()[:1]))[
     ...     "tokens_RT"].shape
     (2, 8)
     """
-    sharding, multiple = batch_sharding(mesh), row_multiple(mesh)
-    rows = {np.shape(leaf)[0] for leaf in jax.tree.leaves(batch)}
-    if any(jax.process_count() * n % multiple for n in rows):
-        raise ValueError(
-            f"A batch of {jax.process_count() * max(rows)} rows cannot be split over the "
-            f"{multiple} devices of the axes data and fsdp. Plan the rows in multiples of it."
-        )
-    return jax.tree.map(
-        lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), batch
-    )
+    sharding = batch_sharding(mesh)
+
+    def one(leaf: Any) -> jax.Array:
+        leaf = np.asarray(leaf)
+        total = len(leaf) if rows is None else rows
+        local = local_rows(mesh, total) if rows is not None else np.arange(total)
+        if len(leaf) != len(local):
+            raise ValueError(
+                f"This process gives {len(leaf)} rows, and its devices hold {len(local)} of the "
+                f"batch of {total}. Build the rows of local_rows(mesh, {total})."
+            )
+
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
+            start, stop, _ = index[0].indices(total)
+            at = int(np.searchsorted(local, start))  # what is one piece of the batch is one here
+            return leaf[(slice(at, at + stop - start), *index[1:])]
+
+        local_rows(mesh, total)
+        return jax.make_array_from_callback((total, *leaf.shape[1:]), sharding, part)
+
+    return jax.tree.map(one, batch)
+
+
+def init(make: Callable[..., Any], mesh: Mesh, *args: Any, rules: Rules = RULES) -> Any:
+    """What `make(*args)` returns, made where `shardings` puts it: no device ever holds the whole.
+
+    Args:
+      make: a function of arrays, such as `Model.init`; its result is a tree that `rules` know.
+      mesh: a mesh of `make_mesh`.
+      *args: of `make`.
+      rules: as in `shardings`.
+
+    >>> mesh = make_mesh(devices=jax.devices()[:1])
+    >>> init(lambda key: {"embed": jax.random.normal(key, (4, 2))}, mesh, jax.random.key(0))[
+    ...     "embed"].sharding.spec
+    P('tensor', 'fsdp')
+    """
+    placed = shardings(jax.eval_shape(make, *args), mesh, rules)
+    return jax.jit(make, out_shardings=placed)(*args)
 
 
 def _match(name: str, rules: Rules) -> PartitionSpec:
@@ -229,11 +328,13 @@ def _fit(name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> 
         )
     kept = []
     for dimension, axes in enumerate(spec):
-        parts = _parts(axes, mesh)
-        if shape[dimension] % parts:
-            _say_whole(name, shape, dimension, str(axes), parts)
-            axes = None
-        kept.append(axes)
+        fitted = axes
+        while shape[dimension] % _parts(fitted, mesh):
+            fitted = fitted[:-1] if isinstance(fitted, tuple) else None
+        if _parts(fitted, mesh) != _parts(axes, mesh):
+            where = "split over fewer" if _parts(fitted, mesh) > 1 else "left whole"
+            _say_less(name, shape, dimension, str(axes), _parts(axes, mesh), where)
+        kept.append(_short(fitted, mesh))
     return P(*kept)
 
 
@@ -242,9 +343,20 @@ def _parts(axes: Any, mesh: Mesh) -> int:
     return int(np.prod([mesh.shape[name] for name in names], dtype=int))
 
 
+def _short(axes: Any, mesh: Mesh) -> Any:
+    """The same split, without axes of one device at the end."""
+    if not isinstance(axes, tuple):
+        return axes
+    while len(axes) > 1 and mesh.shape[axes[-1]] == 1:
+        axes = axes[:-1]
+    return axes if len(axes) > 1 else (axes[0] if axes else None)
+
+
 @functools.cache  # once per leaf, however often shardings are asked for
-def _say_whole(name: str, shape: tuple[int, ...], dimension: int, axes: str, parts: int) -> None:
+def _say_less(
+    name: str, shape: tuple[int, ...], dimension: int, axes: str, parts: int, where: str
+) -> None:
     logging.getLogger(__name__).warning(
-        "%s: dimension %d of %s is not divisible by the %d devices of %s, so it is left whole.",
-        name, dimension, shape, parts, axes,
+        "%s: dimension %d of %s is not divisible by the %d devices of %s, so it is %s.",
+        name, dimension, shape, parts, axes, where,
     )  # fmt: skip

@@ -9,7 +9,6 @@ from sage_jax.data import encode
 from sage_jax.generate import pairs as pair_makers
 from sage_jax.report import progress, writers
 from sage_jax.runtime import checkpoint, evaluation, forward, setup, state, training
-from sage_jax.runtime import mesh as meshes
 
 
 def train(run: config.Run, workdir: pathlib.Path | None) -> int:
@@ -45,7 +44,7 @@ def sample(run: config.Run, workdir: pathlib.Path | None) -> int:
     problems, check, name = evaluation.load_problems(
         source, settings.count, split="train", seed=run.seed, verifier=run.eval.verify
     )
-    policy = setup.load_policy(run, meshes.make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor))
+    policy = setup.load_policy(run, setup.make_mesh(run))
     total = len({str(p.prompt) for p in problems}) * settings.per_problem
     with progress.Progress(total, "sampling", "answers") as bar:
         rows, tally = pair_makers.sample_pairs(
@@ -54,6 +53,7 @@ def sample(run: config.Run, workdir: pathlib.Path | None) -> int:
             samples=settings.per_problem, per_problem=settings.pairs_per_problem,
             temperature=settings.temperature, top_p=settings.top_p, seed=run.seed,
             batch=run.eval.batch, progress=lambda done, _: bar.update(done - bar.done),
+            rows=policy.rows,
         )  # fmt: skip
     if not rows:
         raise ValueError(
@@ -78,7 +78,7 @@ def eval(run: config.Run, workdir: pathlib.Path | None) -> int:
     """Greedy accuracy with its interval, per level; preference accuracy on held-out pairs."""
     if not run.eval.problems and not run.data.eval:
         raise ValueError("config.eval.problems and config.data.eval are both empty. Give one.")
-    mesh = meshes.make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
+    mesh = setup.make_mesh(run)
     tokenizer = setup.load_tokenizer(run)
     trained = None  # problems of a built-in task are no training data of another split
     if run.data.train and not run.data.train.startswith("task:"):
@@ -143,7 +143,7 @@ def export(run: config.Run, workdir: pathlib.Path | None) -> int:
     workdir = training.need(workdir, "export")
     if not (workdir / "checkpoints").is_dir():
         raise ValueError(f"--workdir={workdir} holds no checkpoints. Name the workdir of a run.")
-    mesh = meshes.make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
+    mesh = setup.make_mesh(run)
     with checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints:
         at = checkpoints.latest()
         if at is None:

@@ -189,7 +189,7 @@ class Resampler:
                 max_new_tokens=run.eval.max_new_tokens, samples=settings.per_problem,
                 per_problem=settings.pairs_per_problem, temperature=settings.temperature,
                 top_p=settings.top_p, seed=seed(run.seed, number), batch=run.eval.batch,
-                progress=update,
+                progress=update, rows=self.policy.rows,
             )  # fmt: skip
 
     def _merge(self, run, pairs, text: str, number: int) -> merge.Merged:

@@ -13,7 +13,6 @@ from sage_jax.data import encode, records
 from sage_jax.generate import pairs as pair_makers
 from sage_jax.report import progress, writers
 from sage_jax.runtime import forward, rounds, setup, suspicion
-from sage_jax.runtime import mesh as meshes
 
 
 def score(run: config.Run, workdir: pathlib.Path) -> int:
@@ -68,7 +67,7 @@ def score(run: config.Run, workdir: pathlib.Path) -> int:
     for name in ("scores.jsonl", "selected.jsonl"):
         if (workdir / name).exists():
             raise ValueError(f"{workdir / name} exists. Name another --workdir.")
-    mesh = meshes.make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
+    mesh = setup.make_mesh(run)
     tokenizer = setup.load_tokenizer(run)
     pairs = setup.load_pairs(run, tokenizer, run.data.train)
     run = config.settle_data(run, pairs.columns)

@@ -15,7 +15,7 @@ import numpy as np
 
 from sage_jax import config, logprobs, losses, scores, step
 from sage_jax.data import encode, pack
-from sage_jax.models import attention, decoder
+from sage_jax.models import attention, decoder, spec
 from sage_jax.runtime import mesh as meshes
 
 
@@ -27,6 +27,12 @@ class Policy:
     params: Any
     tokenizer: Any
     fingerprint: str  # of the weights
+    mesh: jax.sharding.Mesh | None = None  # where they lie; None: on the default device
+
+    @property
+    def rows(self) -> jax.sharding.NamedSharding | None:
+        """How arrays of sequences are split over the devices."""
+        return None if self.mesh is None else meshes.batch_sharding(self.mesh)
 
     def logps_fn(
         self, *, logit_norm: bool = False, light: bool = False, dtype: str = ""
@@ -43,6 +49,7 @@ class Policy:
             lambda params, _: model.head(params),
             logit_norm=logit_norm,
             light=light,
+            spread=None if self.mesh is None else meshes.spread(self.mesh),
         )
 
 
@@ -54,8 +61,13 @@ def cache_directory(setting: str, name: str) -> pathlib.Path:
     return pathlib.Path(root).expanduser() / name
 
 
+def make_mesh(run: config.Run) -> jax.sharding.Mesh:
+    """The mesh of the settings, over all devices of all processes."""
+    return meshes.make_mesh(**dataclasses.asdict(run.mesh))
+
+
 def load_policy(run: config.Run, mesh: jax.sharding.Mesh, tokenizer: Any = None) -> Policy:
-    """Loads the model, or makes a new one, and puts it on the mesh.
+    """Loads the model, or makes a new one, on the mesh: no host ever holds all of it.
 
     Args:
         run: the settings.
@@ -66,40 +78,48 @@ def load_policy(run: config.Run, mesh: jax.sharding.Mesh, tokenizer: Any = None)
         ValueError: no model is named, or the path is not one.
     """
     from sage_jax import models
-    from sage_jax.models import spec as specs
 
     settings = run.model
     tokenizer = tokenizer or load_tokenizer(run)
+    place = functools.partial(meshes.shardings, mesh=mesh)
+    if settings.path == "new":
+        model = decoder.Model(new_spec(run, tokenizer))
+        params = meshes.init(model.init, mesh, jax.random.key(run.seed))
+    else:
+        model, params = models.load(settings.path, dtype=settings.dtype, place=place)
+    model = on_mesh(run, model, mesh)
+    return Policy(model, params, tokenizer, models.fingerprint(params), mesh)
+
+
+def new_spec(run: config.Run, tokenizer: Any) -> spec.ModelSpec:
+    """The shape of a model from scratch, with the vocabulary of its tokenizer."""
+    settings = run.model
+    return spec.ModelSpec(
+        vocab=len(tokenizer),
+        d_model=settings.d_model,
+        d_ff=settings.d_ff,
+        layers=settings.layers,
+        heads=settings.heads,
+        kv_heads=settings.kv_heads,
+        tied=True,
+        bos_id=tokenizer.bos_token_id,
+        eos_id=tokenizer.eos_token_id,
+        pad_id=tokenizer.pad_token_id,
+    )
+
+
+def on_mesh(run: config.Run, model: decoder.Model, mesh: jax.sharding.Mesh) -> decoder.Model:
+    """The model as a run computes with it: its dtype, what it recomputes, where activations lie."""
     constrain = functools.partial(
         jax.lax.with_sharding_constraint, shardings=meshes.residual_sharding(mesh)
     )
-    if settings.path == "new":
-        model = decoder.Model(
-            specs.ModelSpec(
-                vocab=len(tokenizer),
-                d_model=settings.d_model,
-                d_ff=settings.d_ff,
-                layers=settings.layers,
-                heads=settings.heads,
-                kv_heads=settings.kv_heads,
-                tied=True,
-                bos_id=tokenizer.bos_token_id,
-                eos_id=tokenizer.eos_token_id,
-                pad_id=tokenizer.pad_token_id,
-            )
-        )
-        params = model.init(jax.random.key(run.seed))
-    else:
-        model, params = models.load(settings.path, dtype=settings.dtype)
-    model = dataclasses.replace(
+    return dataclasses.replace(
         model,
-        dtype=settings.dtype,
-        remat=settings.remat,
+        dtype=run.model.dtype,
+        remat=run.model.remat,
         constrain=constrain,
-        kernel=attention.Kernel(settings.attention, mesh, meshes.ROWS, ("tensor",)),
+        kernel=attention.Kernel(run.model.attention, mesh, meshes.ROWS, ("tensor",)),
     )
-    params = jax.device_put(params, meshes.shardings(params, mesh))
-    return Policy(model, params, tokenizer, models.fingerprint(params))
 
 
 def load_reference(run: config.Run, policy: Policy, mesh: jax.sharding.Mesh) -> Policy | None:

@@ -26,7 +26,6 @@ from sage_jax.runtime import (
     setup,
     summary,
 )  # fmt: skip
-from sage_jax.runtime import mesh as meshes
 
 
 def need(workdir: pathlib.Path | None, mode: str) -> pathlib.Path:
@@ -92,7 +91,7 @@ def fit(run: config.Run, workdir: pathlib.Path, mode: str) -> int:
         summary.show(json.loads((workdir / "summary.json").read_text()), workdir)
         return 0
     started = time.perf_counter()
-    mesh = meshes.make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
+    mesh = setup.make_mesh(run)
     parts = _load(run, mesh, mode)
     # From here on files are written: everything the user typed has been checked.
     workdir.mkdir(parents=True, exist_ok=True)
@@ -222,6 +221,5 @@ def export(directory: pathlib.Path, run: config.Run, policy: setup.Policy, param
     from sage_jax import models
 
     models.export(
-        directory, policy.model, jax.device_get(params), tokenizer=policy.tokenizer,
-        dtype=run.export.dtype,
+        directory, policy.model, params, tokenizer=policy.tokenizer, dtype=run.export.dtype,
     )  # fmt: skip

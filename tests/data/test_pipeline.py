@@ -55,20 +55,24 @@ def test_references_and_weights_reach_the_batches(pairs, plan):
         np.testing.assert_array_equal(rows.weight_RS[real], weight[rows.pair_RS[real]])
 
 
-def test_processes_load_contiguous_shares_of_the_same_rows(pairs, plan):
+def test_each_process_builds_its_own_rows_and_no_others(pairs, plan, monkeypatch):
     whole = list(pipeline.batches(pairs, plan, ROW_LENGTH))
-    shares = [
-        list(pipeline.batches(pairs, plan, ROW_LENGTH, process_index=i, process_count=2))
-        for i in range(2)
-    ]
-    for rows, first, second in zip(whole, *shares, strict=True):
-        joined = [np.concatenate(leaves) for leaves in zip(first, second, strict=True)]
-        assert equal(rows, joined)
+    count, asked = plan.shape[1], []
+    real = pack.collate
+    monkeypatch.setattr(pack, "collate", lambda p, rows, *a, **k: asked.append(rows.shape[0])
+                        or real(p, rows, *a, **k))  # fmt: skip
+    odd = np.arange(1, count, 2)  # the rows of a process need not lie side by side
+    for rows_L in (odd, np.arange(0, count, 2)):
+        for all_rows, own in zip(
+            whole, pipeline.batches(pairs, plan, ROW_LENGTH, rows_L=rows_L), strict=True
+        ):
+            assert equal([leaf[rows_L] for leaf in all_rows], own)
+    assert sum(asked) == plan.shape[0] * count
 
 
-def test_wrong_shares_and_positions_are_refused(pairs, plan):
-    with pytest.raises(ValueError, match="multiple of the number of processes"):
-        pipeline.batches(pairs, plan, ROW_LENGTH, process_index=0, process_count=3)
+def test_wrong_rows_and_positions_are_refused(pairs, plan):
+    with pytest.raises(ValueError, match="each must lie in"):
+        pipeline.batches(pairs, plan, ROW_LENGTH, rows_L=np.array([0, plan.shape[1]]))
     with pytest.raises(ValueError, match="outside the plan"):
         pipeline.batches(pairs, plan, ROW_LENGTH, start=17)
 

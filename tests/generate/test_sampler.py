@@ -1,9 +1,13 @@
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from sage_jax.generate import prompting, sampler
+from sage_jax.runtime import mesh as meshes
 
 PROMPTS = ["7+5=", "1", "8*2-5+3=", "9-9", "3+4*2-1+6="]
 
@@ -193,12 +197,28 @@ def test_batches_hold_every_prompt_once_in_few_shapes():
 
 
 def test_repeated_calls_of_one_shape_compile_once(model, params, tokenizer):
-    run = sampler._compiled(model, 12, (2,), 1.0, 1.0)
+    run = sampler._compiled(model, 12, (2,), 1.0, 1.0, None)
     sizes = []
     for seed in range(2):
         _generate(model, params, tokenizer, PROMPTS[:4], seed=seed, temperature=1.0)
         sizes.append(run._cache_size())
     assert sizes[0] == sizes[1] >= 1
+
+
+@pytest.mark.parametrize("sizes", [{"data": 1, "fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}],
+                         ids=str)  # fmt: skip
+def test_eight_devices_answer_as_one_does(model, params, tokenizer, sizes):
+    mesh = meshes.make_mesh(**sizes)
+    rows = meshes.batch_sharding(mesh)
+    spread = jax.device_put(params, meshes.shardings(params, mesh))
+    constrain = functools.partial(
+        jax.lax.with_sharding_constraint, shardings=meshes.residual_sharding(mesh)
+    )
+    on_mesh = dataclasses.replace(model, constrain=constrain)
+    for settings in ({}, {"temperature": 1.0, "samples": 2, "batch": 8}):
+        expected = _generate(model, params, tokenizer, **settings)
+        found = _generate(on_mesh, spread, tokenizer, rows=rows, **settings)
+        assert found == expected
 
 
 @pytest.mark.parametrize(

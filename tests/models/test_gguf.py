@@ -1,5 +1,7 @@
 """GGUF files: every quantisation against the gguf package, every layout rule written out."""
 
+import functools
+
 import gguf
 import jax
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 from sage_jax import models
 from sage_jax.models import layers
+from sage_jax.runtime import mesh as meshes
 
 KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
 SHAPE = {"vocab": 64, "d_model": 64, "d_ff": 96, "layers": 2, "heads": 4, "kv_heads": 2}
@@ -133,6 +136,18 @@ def test_every_quantisation_is_undone_as_the_gguf_package_does(tmp_path, kind):
             np.testing.assert_array_equal(_leaf(read, f"layers/{path}/kernel"), want)
     np.testing.assert_array_equal(read["embed"]["embedding"], through(params["embed"]["embedding"]))
     np.testing.assert_array_equal(read["final_norm"]["scale"], params["final_norm"]["scale"])
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q4_1"])
+def test_a_file_loads_shard_by_shard_with_the_same_bits(tmp_path, kind):
+    spec = models.ModelSpec(**SHAPE, attention_bias=True)  # q and k, biases too, are in its order
+    _, params = _random(spec)
+    file = _write(tmp_path / "m.gguf", spec, params, kind=kind)
+    place = functools.partial(meshes.shardings, mesh=meshes.make_mesh(data=1, fsdp=2, tensor=4))
+    _, found = models.load(file, place=place)
+    _assert_equal(found, models.load(file)[1])
+    q = found["layers"]["attention"]["q"]["kernel"]
+    assert {shard.data.shape for shard in q.addressable_shards} == {(2, 32, 16)}
 
 
 def test_a_llama3_scaling_is_recognised_from_its_stored_factors(tmp_path):

@@ -5,7 +5,7 @@ import pytest
 
 from sage_jax.data import encode, pack, records
 from sage_jax.models import decoder, spec
-from sage_jax.runtime import counters
+from sage_jax.runtime import chips, counters
 
 ROWS = [
     {"prompt_ids": [1, 2], "chosen_ids": [3, 4], "rejected_ids": [5]},
@@ -64,6 +64,6 @@ def test_utilisation_is_told_only_where_the_peak_is_known(monkeypatch):
         "perf/step_time": 2.0, "perf/tokens_per_second": 5.0, "perf/mfu": 0.25,
     }  # fmt: skip
     assert counters.peak_flops("bfloat16") is None  # a CPU
-    monkeypatch.setitem(counters.PEAK_FLOPS, "cpu", 1e12)
+    monkeypatch.setitem(chips.PEAK_FLOPS, "cpu", 1e12)
     assert counters.peak_flops("bfloat16") == 8e12  # eight devices in the tests
     assert counters.peak_flops("float32") is None

@@ -46,23 +46,24 @@ def specs(tree) -> dict:
 @pytest.mark.parametrize(
     ("sizes", "shape"),
     [
-        ({}, (8, 1, 1)),
-        ({"data": 2, "fsdp": 2, "tensor": 2}, (2, 2, 2)),
-        ({"data": 1, "fsdp": -1}, (1, 8, 1)),
-        ({"data": -1, "fsdp": 4}, (2, 4, 1)),
-        ({"data": 2, "fsdp": 1, "tensor": -1}, (2, 1, 4)),
+        ({}, (8, 1, 1, 1)),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, (2, 2, 1, 2)),
+        ({"data": 1, "fsdp": -1}, (1, 8, 1, 1)),
+        ({"data": -1, "fsdp": 4}, (2, 4, 1, 1)),
+        ({"data": 2, "fsdp": 1, "tensor": -1}, (2, 1, 1, 4)),
+        ({"data": 1, "fsdp": 2, "context": 4}, (1, 2, 4, 1)),
     ],
 )
-def test_the_mesh_has_three_auto_axes_and_minus_one_takes_the_rest(sizes, shape):
+def test_the_mesh_has_four_auto_axes_and_minus_one_takes_the_rest(sizes, shape):
     mesh = mesh_lib.make_mesh(**sizes)
-    assert mesh.axis_names == ("data", "fsdp", "tensor")
+    assert mesh.axis_names == ("data", "fsdp", "context", "tensor")
     assert mesh.devices.shape == shape
     assert set(mesh.axis_types) == {AxisType.Auto}
 
 
 def test_one_device_has_the_same_three_axes():
     mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
-    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "context": 1, "tensor": 1}
     assert mesh_lib.row_multiple(mesh) == 1
 
 
@@ -95,6 +96,26 @@ def test_every_weight_is_split_by_its_rule():
         "layers/mlp/down/kernel": P(None, "tensor", "fsdp"),
         "layers/attention_norm/scale": P(),
         "final_norm/scale": P(),
+    }
+
+
+def test_an_adapter_is_split_as_its_weight_but_for_the_rank():
+    mesh = mesh_lib.make_mesh(data=2, fsdp=2, tensor=2)
+
+    def pair(rows, columns):  # a rank of 4 would divide, and stays whole all the same
+        return {"lora_a": np.zeros((2, rows, 4)), "lora_b": np.zeros((2, 4, columns))}
+
+    adapters = {"layers": {"attention": {"q": pair(16, 8), "o": pair(8, 16)},
+                           "mlp": {"up": pair(16, 32), "down": pair(32, 16)}}}  # fmt: skip
+    assert specs(mesh_lib.shardings(adapters, mesh)) == {
+        "layers/attention/q/lora_a": P(None, "fsdp", None),
+        "layers/attention/q/lora_b": P(None, None, "tensor"),
+        "layers/attention/o/lora_a": P(None, "tensor", None),
+        "layers/attention/o/lora_b": P(None, None, "fsdp"),
+        "layers/mlp/up/lora_a": P(None, "fsdp", None),
+        "layers/mlp/up/lora_b": P(None, None, "tensor"),
+        "layers/mlp/down/lora_a": P(None, "tensor", None),
+        "layers/mlp/down/lora_b": P(None, None, "fsdp"),
     }
 
 

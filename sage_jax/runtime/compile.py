@@ -1,0 +1,370 @@
+"""`sage-jax compile`: the real steps of a run, compiled for a machine that is not there.
+
+From shapes alone: no weights, no data, no accelerator. TPU topologies are compiled by the TPU's own
+compiler, which comes with `libtpu`. Rows are as long as the longest pair that `data.max_length`
+admits, and full.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sage_jax import batch, config
+from sage_jax.data import pack
+from sage_jax.models import catalog, decoder, hf, hf_config, sources, spec
+from sage_jax.runtime import chips, compile_report, hlo, programs, setup, state
+from sage_jax.runtime import mesh as meshes
+
+STEPS = ("train", "score", "eval", "sample")
+MARGIN = 0.05  # of the usable memory that has to stay free: fragmentation, the runtime's own
+_ALLOCATED = re.compile(r"required for [^(]*\(([\d.]+)([KMGT]?)\)|Used ([\d.]+)([KMGT]?)B? of")
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """The machine to compile for."""
+
+    name: str
+    devices: Sequence[Any]
+    chip: chips.Chip | None  # None: virtual CPU devices, which have no data sheet
+    coordinates: tuple[tuple[int, ...], ...]  # of each device, in the order of `devices`
+    extent: tuple[int, ...]
+
+    @property
+    def usable_bytes(self) -> float:
+        """Main memory of a device that a program may use; CPU devices share that of the host."""
+        if self.chip is not None:
+            return self.chip.usable_bytes
+        pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+        return pages * size / len(self.devices)
+
+
+def target(name: str) -> Target:
+    """The devices of a topology.
+
+    Args:
+        name: "v5e:16x16", "v5p:4x4x4", "v6e:8x8", "v4:2x2x2", "tpu7x:2x2x1" or "cpu:8" (virtual
+            devices). Before anything else in the process touches JAX's devices.
+
+    Raises:
+        ValueError: a name that is none of these, or a topology that the TPU compiler refuses.
+        ImportError: no libtpu.
+    """
+    kind, _, size = name.partition(":")
+    if kind not in (*chips.TPUS, "cpu") or not re.fullmatch(r"\d+(x\d+)*", size):
+        raise ValueError(
+            f"--topology={name} is not a topology. Write the kind of chip ("
+            f"{', '.join((*chips.TPUS, 'cpu'))}), a colon and its size: v5e:16x16, v5p:4x4x4, "
+            f"cpu:8."
+        )
+    if kind == "cpu":
+        return _cpu_target(name, math.prod(int(n) for n in size.split("x")))
+    os.environ |= {  # libtpu would ask the metadata server of a cloud machine
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    }
+    jax.config.update("jax_platforms", "cpu")
+    from jax.experimental import topologies
+
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name)
+    except Exception as e:
+        if importable("libtpu"):
+            said = (str(e).splitlines() or [""])[0]
+            raise ValueError(f"--topology={name}: libtpu refuses it: {said}") from e
+        raise ImportError(
+            f"--topology={name} needs the TPU compiler: pip install 'sage_jax[tpu]', or pip "
+            f"install libtpu. No TPU is needed."
+        ) from e
+    devices = list(found.devices)
+    places = tuple(tuple(int(n) for n in d.coords) for d in devices)
+    extent = tuple(max(c[axis] for c in places) + 1 for axis in range(len(places[0])))
+    return Target(name, devices, chips.TPUS[kind], places, extent)
+
+
+def importable(package: str) -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec(package) is not None
+
+
+def _cpu_target(name: str, count: int) -> Target:
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:  # the process has its devices already: then there are enough, or not
+        pass
+    devices = jax.devices("cpu")[:count]
+    if len(devices) < count:
+        raise ValueError(
+            f"--topology={name}: this process has {len(devices)} CPU devices already. Run the "
+            f"command in a process of its own."
+        )
+    return Target(name, devices, None, tuple((i,) for i in range(count)), (count,))
+
+
+def abstract_policy(run: config.Run, mesh: jax.sharding.Mesh) -> setup.Policy:
+    """The model of a run with shapes in place of weights.
+
+    `model.path` may be "spec:NAME", a directory of which only config.json is read, or "new".
+    """
+    model = setup.on_mesh(run, decoder.Model(model_spec(run)), mesh)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    return setup.Policy(model, placed(shapes, meshes.shardings(shapes, mesh)), None, "", mesh)
+
+
+def model_spec(run: config.Run) -> spec.ModelSpec:
+    """The architecture of `model.path`, from a name, a config.json or the settings.
+
+    Raises:
+        ValueError: none of these is there.
+    """
+    path = run.model.path
+    named = catalog.named(path)
+    if named is not None:
+        return named
+    if path == "new" or not path:
+        return setup.new_spec(run, setup.load_tokenizer(run))
+    where = sources.resolve(path)
+    if (where / "config.json").is_file():
+        file = where / "config.json"
+        return hf_config.from_hf(hf.read_json(file), None, origin=str(file))
+    model, _ = hf.load(path)  # a GGUF file: its header alone has no reader of its own
+    return model.spec
+
+
+def placed(shapes: Any, shardings: Any) -> Any:
+    """Shapes that say where their arrays live."""
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        shapes,
+        shardings,
+    )
+
+
+def rows_of(shape: pack.RowShape, mesh: jax.sharding.Mesh) -> batch.PackedBatch:
+    """Shapes of a batch."""
+    one = batch.empty(1, shape.row_length, shape.slots)
+    where = meshes.batch_sharding(mesh)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((shape.rows, *x.shape[1:]), x.dtype, sharding=where), one
+    )
+
+
+def row_shape(run: config.Run, mesh: jax.sharding.Mesh) -> pack.RowShape:
+    """The rows of a step when every pair is as long as data.max_length admits."""
+    lengths = np.full((max(run.train.batch_pairs, 1), 2), run.data.max_length)
+    return setup.row_shape(run, lengths, mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class Lowered:
+    """A step ready to be compiled, and what its figures are held against."""
+
+    name: str
+    lower: Callable[[], Any]
+    pairs: float  # that one run of it handles; prompts for `sample`
+    tokens: float  # that go through the model
+    model_flops: float  # of the whole batch, by the closed form, nothing recomputed
+    beside_bytes: float  # on each device in a training, besides what the program sees
+    trips: int = 1  # of loops that end by a condition on data, at most
+
+
+def make_step(name: str, run: config.Run, mesh: jax.sharding.Mesh) -> Lowered:
+    """One of `STEPS`, as the run would run it."""
+    run = config.settle_kappa(run, {})
+    policy = abstract_policy(run, mesh)
+    if name == "sample":
+        return _sample_step(run, policy, mesh)
+    shape = row_shape(run, mesh)
+    rows = rows_of(shape, mesh)
+    pairs = min(run.train.batch_pairs, shape.rows * shape.slots)
+    lengths = np.full((pairs, 2), min(run.data.max_length, shape.row_length // 2))
+    flops = _forward_flops(policy.model, lengths)
+    tokens = float(lengths.sum())
+    tx, _ = state.make_optimizer(run)
+    weights = device_bytes(policy.params)
+    if name == "train":
+        loss = setup.make_loss(run)
+        program = programs.train_step(run, policy, mesh, tx, loss, setup.make_score_fn(run, loss))
+        start = state.abstract_state(run, policy.params, mesh)
+        nll = (jax.ShapeDtypeStruct((), jnp.float32),) if run.loss.nll_auto else ()
+        # The weights that training started from stay: they are the reference of evaluations.
+        return Lowered(
+            name, lambda: program.lower(start, None, rows, *nll), pairs, tokens, 3 * flops, weights
+        )
+    # In a training, the optimizer's state and the first weights lie beside a forward pass.
+    beside = device_bytes(state.abstract_state(run, policy.params, mesh))
+    params = policy.params
+    light = name == "score"
+    dtype = run.selection.scoring_dtype if light else ""
+    if dtype:
+        beside += weights
+        params = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=leaf.sharding),
+            params,
+        )
+    program = programs.stats_step(
+        policy, mesh, logit_norm="logit_norm" in run.selection.stability, light=light, dtype=dtype
+    )
+    return Lowered(
+        name, lambda: program.lower(params, None, rows), pairs, tokens, flops, beside,
+        trips=8 if light else 1,
+    )  # fmt: skip
+
+
+def _sample_step(run: config.Run, policy: setup.Policy, mesh: jax.sharding.Mesh) -> Lowered:
+    new = run.eval.max_new_tokens
+    prompt = max(32, 1 << (max(run.data.max_length - new, 1).bit_length() - 1))
+    parts = meshes.row_multiple(mesh)
+    count = -(-run.eval.batch // parts) * parts
+    program, arguments = programs.sampler(
+        policy, prompts=count, prompt_length=prompt, max_new_tokens=new
+    )
+    lengths = np.full((count, 1), prompt + new)
+    beside = device_bytes(state.abstract_state(run, policy.params, mesh))
+    return Lowered(
+        "sample", lambda: program.lower(*arguments), count, float(count * new),
+        _forward_flops(policy.model, lengths), beside, trips=new,
+    )  # fmt: skip
+
+
+def _forward_flops(model: decoder.Model, lengths: np.ndarray) -> float:
+    tokens = float(lengths.sum())
+    attended = float((lengths.astype(np.float64) * (lengths + 1) / 2).sum())
+    return model.forward_flops(tokens, attended)  # type: ignore[arg-type]
+
+
+def device_bytes(tree: Any) -> float:
+    """Bytes that one device holds of a tree of placed shapes."""
+    return float(
+        sum(
+            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves(tree)
+        )
+    )
+
+
+def compile_step(lowered: Lowered, machine: Target) -> compile_report.StepReport:
+    """Compiles a step and reads what came out."""
+    start = time.perf_counter()
+    program = lowered.lower()
+    try:
+        compiled = program.compile()
+    except Exception as e:
+        used = _out_of_memory(str(e))
+        if used is None:
+            raise
+        return compile_report.too_large(lowered, machine, used, time.perf_counter() - start, MARGIN)
+    seconds = time.perf_counter() - start
+    text = compiled.as_text()
+    return compile_report.read(
+        lowered,
+        machine,
+        seconds=seconds,
+        memory=compiled.memory_analysis(),
+        cost=compiled.cost_analysis() or {},
+        totals=hlo.Program(text, unknown_trips=lowered.trips).totals(),
+        margin=MARGIN,
+    )
+
+
+def _out_of_memory(said: str) -> float | None:
+    """Bytes that a refused program needs, None for another error."""
+    if "RESOURCE_EXHAUSTED" not in said and "Ran out of memory" not in said:
+        return None
+    found = _ALLOCATED.search(said)
+    if found is None:
+        return math.inf
+    number, unit = found.group(1) or found.group(3), found.group(2) or found.group(4)
+    return float(number) * 1024 ** " KMGT".index(unit or " ")
+
+
+def largest(
+    name: str, run: config.Run, mesh: jax.sharding.Mesh, machine: Target,
+    known: compile_report.StepReport,
+) -> tuple[int, int]:  # fmt: skip
+    """The most pairs a step that fit the machine, and how many compilations it took to know.
+
+    Memory grows by the same bytes with every row of a device, so two programs give the line, and
+    one more compilation confirms what it says.
+    """
+    unit = meshes.row_multiple(mesh) * run.train.accumulate
+    if name == "sample":
+        unit = meshes.row_multiple(mesh)
+    size = {"sample": "eval.batch"}.get(name, "train.batch_pairs")
+    limit = machine.usable_bytes * (1 - MARGIN)
+
+    @functools.cache
+    def used(units: int) -> float:
+        run_ = config.replace(run, **{size: units * unit})
+        if "pool_size" not in size:  # the pool follows, so that its check stays out of the way
+            run_ = config.replace(run_, **{"curriculum.pool_size": 0})
+        return compile_step(make_step(name, run_, mesh), machine).total_bytes
+
+    now = max(1, round((run.eval.batch if name == "sample" else run.train.batch_pairs) / unit))
+    points = {now: known.total_bytes} if math.isfinite(known.total_bytes) else {}
+    if 1 not in points:
+        points[1] = used(1)
+    elif now == 1:
+        points[2] = used(2)
+    if points[1] > limit:
+        return 0, used.cache_info().misses
+    low, high = min(points), max(points)
+    slope = max((points[high] - points[low]) / (high - low), 1.0) if high > low else 1.0
+    guess = max(1, int((limit - points[low]) / slope) + low)
+    best = max(n for n, b in points.items() if b <= limit)
+    for _ in range(3):
+        if guess <= best:
+            break
+        points[guess] = used(guess)
+        if points[guess] <= limit:
+            best = guess
+            break
+        over = points[guess] - limit
+        guess = max(best, guess - max(1, math.ceil(over / slope)))
+    return best * unit, used.cache_info().misses
+
+
+def run_mode(
+    run: config.Run, *, topology: str, steps: str = "", search: bool = True, as_json: bool = False
+) -> int:
+    """The mode `compile`: returns 0, or 3 when a step does not fit.
+
+    Args:
+        run: the settings.
+        topology: see `target`.
+        steps: which of `STEPS`, joined by commas; "" = train, score and sample.
+        search: also find the largest batch that fits.
+        as_json: print JSON instead of tables.
+
+    Raises:
+        ValueError: an unknown step or topology, or a mesh that the topology does not fill.
+    """
+    names = [n for n in steps.split(",") if n] or ["train", "score", "sample"]
+    for name in names:
+        if name not in STEPS:
+            raise ValueError(f"--steps={steps}: {name!r} is none of {', '.join(STEPS)}.")
+    machine = target(topology)
+    mesh = meshes.make_mesh(**dataclasses.asdict(run.mesh), devices=machine.devices)
+    reports = []
+    for name in names:
+        found = compile_step(make_step(name, run, mesh), machine)
+        if search:
+            most, tried = largest(name, run, mesh, machine, found)
+            found = dataclasses.replace(found, largest_batch=most, search_compilations=tried)
+        reports.append(dataclasses.replace(found, changes=compile_report.changes(found, run, mesh)))
+    compile_report.show(run, machine, mesh, reports, as_json=as_json)
+    return 0 if all(r.fits for r in reports) else 3

@@ -1,0 +1,120 @@
+"""The jitted programs of a run: what the loop runs is what `sage-jax compile` compiles.
+
+Each takes a `setup.Policy` whose weights may be arrays or `jax.ShapeDtypeStruct`s; only their
+shapes are read here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sage_jax import config, losses, selection, step
+from sage_jax.runtime import mesh as meshes
+from sage_jax.runtime import setup, state
+
+
+def train_step(
+    run: config.Run,
+    policy: setup.Policy,
+    mesh: jax.sharding.Mesh,
+    tx: optax.GradientTransformation,
+    loss: losses.Loss,
+    score_fn: step.ScoreFn,
+) -> Any:
+    """The optimizer step `(state, None, rows[, nll_weight]) -> (state, StepOutput)`.
+
+    Args:
+        run: the settings.
+        policy: the model, and its weights or their shapes.
+        mesh: where everything lives.
+        tx: the optimizer, from `state.make_optimizer`.
+        loss: the pair loss.
+        score_fn: scores of pairs, left out of the program where nothing reads them.
+
+    Returns:
+        The jitted step, which donates its state.
+    """
+    uses_scores = (
+        config.needs_scores(run) or run.curriculum.sharpness > 0 or run.selection.soft > 0
+    ) or run.selection.guard != "off"
+    weigh = None
+    if run.selection.soft:
+        weigh = lambda pairs, weight: selection.soft_weights(  # noqa: E731
+            pairs.score, run.selection.soft, weight
+        )
+    placed = state.state_shardings(run, tx, policy.params, mesh)
+    train = step.make_train_step(
+        policy.logps_fn(logit_norm="logit_norm" in run.selection.stability),
+        loss,
+        tx,
+        score_fn=score_fn if uses_scores else None,
+        weight_fn=weigh,
+        nll_weight=run.loss.nll_weight,
+        token_weighted=run.loss.name == "sft",
+        accumulate=run.train.accumulate,
+        beta_alpha=state.beta_alpha(run),
+    )
+    nll = (None,) if run.loss.nll_auto else ()  # its weight may change from step to step
+    return jax.jit(
+        train,
+        in_shardings=(placed, None, meshes.batch_sharding(mesh), *nll),
+        out_shardings=(placed, meshes.replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def stats_step(
+    policy: setup.Policy,
+    mesh: jax.sharding.Mesh,
+    *,
+    logit_norm: bool = False,
+    light: bool = False,
+    dtype: str = "",
+) -> Any:
+    """The forward pass `(params, None, rows) -> SequenceStats`: reference, evaluation, scoring.
+
+    Args:
+        policy: the model, and its weights or their shapes.
+        mesh: where everything lives.
+        logit_norm, light: see `logprobs.make_logps_fn`.
+        dtype: of the matmuls; "" is the model's.
+    """
+    fn = policy.logps_fn(logit_norm=logit_norm, light=light, dtype=dtype)
+    return jax.jit(
+        step.make_stats_step(fn),
+        in_shardings=(meshes.shardings(policy.params, mesh), None, meshes.batch_sharding(mesh)),
+        out_shardings=meshes.replicated(mesh),
+    )
+
+
+def sampler(
+    policy: setup.Policy, *, prompts: int, prompt_length: int, max_new_tokens: int
+) -> tuple[Any, tuple[Any, ...]]:
+    """Greedy decoding of evaluations, and the shapes that it takes.
+
+    Args:
+        policy: the model, and its weights or their shapes.
+        prompts: decoded at a time.
+        prompt_length: tokens, padding counted.
+        max_new_tokens: of an answer.
+
+    Returns:
+        The jitted function and its abstract arguments.
+    """
+    from sage_jax.generate import sampler as samplers
+
+    ends = policy.model.spec.eos_ids or (0,)
+    program = samplers.compiled(policy.model, max_new_tokens, ends, 0.0, 1.0, policy.rows)
+    bits = jax.eval_shape(lambda: jax.random.key_data(jax.random.split(jax.random.key(0), prompts)))
+    shape = (prompts, prompt_length)
+    arguments = (
+        policy.params,
+        jax.ShapeDtypeStruct(shape, jnp.int32, sharding=policy.rows),
+        jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=policy.rows),
+        jax.ShapeDtypeStruct(bits.shape, bits.dtype, sharding=policy.rows),
+    )
+    return program, arguments

@@ -189,7 +189,24 @@ def targets(batch: batches.PackedBatch) -> tuple[Array, Array, Array]:
     return following[0], jnp.where(mask, following[1], 0), mask.astype(jnp.float32)
 
 
-def _segment_sums(values_RT: Array, segment_RT: Array, slots: int) -> Array:
+def segment_sums(values_RT: Array, segment_RT: Array, slots: int) -> Array:
+    """Sums over the tokens of each sequence.
+
+    Args:
+        values_RT: float32.
+        segment_RT: int32 segments of the tokens, 0 = in no sum.
+        slots: pair slots in a row, S.
+
+    Returns:
+        float32 [R, S, 2].
+
+    >>> segment_sums(jnp.array([[1.0, 2.0, 4.0]]), jnp.array([[0, 2, 2]]), 1).tolist()
+    [[[0.0, 6.0]]]
+    """
+    return _sums(values_RT, segment_RT, slots)[:, 1:].reshape(len(values_RT), slots, 2)
+
+
+def _sums(values_RT: Array, segment_RT: Array, slots: int) -> Array:
     """[R, 2S + 1] sums by segment; column 0 collects what does not count."""
 
     def one(values, segments):
@@ -223,7 +240,7 @@ def sequence_stats(tokens: TokenStats, segment_RT: Array, mask_RT: Array, slots:
         return sums[:, 1:].reshape(rows, slots, 2)
 
     def total(values_RT):
-        return _segment_sums(jnp.where(mask_RT > 0, values_RT, 0.0), segment_RT, slots)
+        return _sums(jnp.where(mask_RT > 0, values_RT, 0.0), segment_RT, slots)
 
     count = total(mask_RT)
     logps = total(tokens.logp_RT)

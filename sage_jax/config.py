@@ -178,7 +178,7 @@ class Checkpoint:
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    data: int = -1  # devices that split the batch; -1 = the rest
+    data: int = -1  # devices that split the batch; -1 = the rest, here or of one other axis
     fsdp: int = 1  # devices that split batch and parameters
     tensor: int = 1  # devices that split heads and channels
     context: int = 1  # devices that split the tokens of a row, for long ones
@@ -259,8 +259,7 @@ _POSITIVE = (
     "model.layers model.d_model model.d_ff model.heads model.kv_heads data.max_length task.count "
     "loss.beta selection.damping selection.temperature curriculum.strata optim.lr train.steps "
     "train.batch_pairs train.accumulate eval.count eval.max_new_tokens eval.batch sample.count "
-    "sample.per_problem sample.pairs_per_problem checkpoint.every checkpoint.keep mesh.fsdp "
-    "mesh.tensor mesh.context"
+    "sample.per_problem sample.pairs_per_problem checkpoint.every checkpoint.keep"
 ).split()
 _NOT_NEGATIVE = (
     "seed eval.seed data.limit loss.gamma loss.nll_weight loss.displacement_limit loss.nll_auto "
@@ -432,8 +431,9 @@ def _check_together(run: Run) -> None:
     _check_resampling(run)
     _check_scoring(run)
     _check_guard(run)
-    if run.mesh.data == 0 or run.mesh.data < -1:
-        raise ValueError(f"config.mesh.data={run.mesh.data} has to be above 0, or -1 for the rest.")
+    for axis, size in dataclasses.asdict(run.mesh).items():
+        if size == 0 or size < -1:
+            raise ValueError(f"config.mesh.{axis}={size} has to be above 0, or -1 for the rest.")
     if run.model.d_model % run.model.heads or run.model.heads % run.model.kv_heads:
         raise ValueError(
             f"config.model.heads={run.model.heads} has to divide model.d_model={run.model.d_model} "
@@ -461,6 +461,12 @@ def _check_together(run: Run) -> None:
         raise ValueError(
             f"config.selection.soft={chosen.soft} weighs pairs by score, which selection.name="
             f"'uniform' does not compute. Set selection.soft=0 or another selection.name."
+        )
+    if chosen.soft and run.train.accumulate > 1:
+        raise ValueError(
+            f"config.selection.soft={chosen.soft} weighs the pairs of a step among each other, and "
+            f"train.accumulate={run.train.accumulate} cuts it into parts that depend on the "
+            f"devices. Set train.accumulate=1, or selection.soft=0."
         )
     if run.loss.name == "sft" and chosen.name != "uniform":
         raise ValueError(

@@ -32,6 +32,9 @@ class Model:
     d_ff: int = 256
     heads: int = 4
     kv_heads: int = 2
+    # How attention is computed: auto (by platform and length of the rows), dense, blocks, triton
+    # (NVIDIA), tokamax (NVIDIA, a package of its own) or splash (TPU).
+    attention: str = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,6 +240,7 @@ KAPPA = 2.0  # selection.kappa, for on-policy pairs
 _CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
+    "model.attention": ("auto", "dense", "blocks", "triton", "tokamax", "splash"),
     "export.dtype": ("float32", "bfloat16"),
     "data.on_bad_row": ("error", "skip"),
     "loss.name": tuple(losses.LOSSES),

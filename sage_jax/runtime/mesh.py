@@ -176,9 +176,15 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(ROWS))
 
 
-def residual_sharding(mesh: Mesh) -> NamedSharding:
-    """For `jax.lax.with_sharding_constraint` on hidden_RTD, once per block."""
-    return NamedSharding(mesh, RESIDUAL)
+def residual(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    """Says where hidden_RTD lies, once per block; a row that does not divide stays whole."""
+
+    def constrain(x_RTD: jax.Array) -> jax.Array:
+        whole = x_RTD.shape[1] % mesh.shape[CONTEXT]
+        spec = P(ROWS, None, None) if whole else RESIDUAL
+        return jax.lax.with_sharding_constraint(x_RTD, NamedSharding(mesh, spec))
+
+    return constrain
 
 
 def spread(mesh: Mesh) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

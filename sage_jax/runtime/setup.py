@@ -15,7 +15,7 @@ import numpy as np
 
 from sage_jax import config, logprobs, losses, scores, step
 from sage_jax.data import encode, pack
-from sage_jax.models import decoder, spec
+from sage_jax.models import attention, decoder, spec
 from sage_jax.runtime import mesh as meshes
 
 
@@ -110,11 +110,14 @@ def new_spec(run: config.Run, tokenizer: Any) -> spec.ModelSpec:
 
 def on_mesh(run: config.Run, model: decoder.Model, mesh: jax.sharding.Mesh) -> decoder.Model:
     """The model as a run computes with it: its dtype, what it recomputes, where activations lie."""
-    constrain = functools.partial(
-        jax.lax.with_sharding_constraint, shardings=meshes.residual_sharding(mesh)
-    )
     return dataclasses.replace(
-        model, dtype=run.model.dtype, remat=run.model.remat, constrain=constrain
+        model,
+        dtype=run.model.dtype,
+        remat=run.model.remat,
+        constrain=meshes.residual(mesh),
+        kernel=attention.Kernel(
+            run.model.attention, mesh, meshes.ROWS, ("tensor",), (meshes.CONTEXT,)
+        ),
     )
 
 

@@ -48,7 +48,12 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The checked-out commit, with + when files differ from it; "" where there is no git."""
+    """The checked-out commit, with + when files differ from it; "" where there is no git.
+
+    A copy without a .git names it in the environment variable SAGE_JAX_COMMIT.
+    """
+    if named := os.environ.get("SAGE_JAX_COMMIT"):
+        return named
     here = pathlib.Path(__file__).parent
     if shutil.which("git") is None:
         return ""

@@ -61,7 +61,7 @@ class Job(NamedTuple):
 
 
 def make_job(run: config.Run, policy: setup.Policy, pairs: encode.EncodedPairs) -> Job:
-    run, mesh = config.settle_kappa(run, pairs.columns), meshes.make_mesh()
+    run, mesh = config.settle_data(run, pairs.columns), meshes.make_mesh()
     passes = forward.Passes(policy, mesh, setup.row_shape(run, pairs.lengths_N2, mesh))
     return Job(
         run, policy, passes, pairs, passes.stats(policy.params, pairs, np.arange(len(pairs)))

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import runpy
 import sys
 import traceback
@@ -36,6 +37,9 @@ modes:
 FILE is a config (configs/quickstart.py) or the name of one that comes with the package
 (quickstart); export and report need only the workdir. A run that was stopped or killed goes on
 when its command is given again. Every setting and its default: python -m sage_jax.config
+
+On several hosts the command is the same on each. TPU slices, SLURM, Kubernetes and MPI say who
+takes part; elsewhere --coordinator=HOST:PORT --num_processes=N --process_id=I do.
 
 example:
   sage-jax train --config=configs/quickstart.py --workdir=runs/quickstart --config.optim.lr=1e-4"""
@@ -222,33 +226,58 @@ def main(argv: list[str]) -> int:
 
         print(f"sage_jax {__version__}")
         return 0
-    try:
-        from sage_jax import config as settings
+    from sage_jax.runtime import hosts
 
-        mode, config, workdir = parse(argv)
-        run = settings.resolve(config)
-        modes = importlib.import_module("sage_jax.runtime.modes")
-        return getattr(modes, mode)(run, workdir)
+    try:
+        code = _run(argv)
     except (ValueError, OSError, ImportError) as e:
         if os.environ.get("SAGE_JAX_TRACEBACK") or not _is_message(e):
-            raise
-        print(f"sage-jax: {e}", file=sys.stderr)
-        return 2
+            return _defect(e)
+        return hosts.failed(str(e), 2)
     except FloatingPointError as e:
-        print(f"sage-jax: {e}", file=sys.stderr)
-        return 1
+        return hosts.failed(str(e), 1)
     except Exception as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
-            raise
-        print(
-            f"sage-jax: out of memory: {str(e).splitlines()[0]}. Lower train.batch_pairs or "
+            return _defect(e)
+        return hosts.failed(
+            f"out of memory: {str(e).splitlines()[0]}. Lower train.batch_pairs or "
             "data.max_length, raise train.accumulate, or set model.remat=full.",
-            file=sys.stderr,
+            1,
         )
-        return 1
     except KeyboardInterrupt:
-        print("sage-jax: interrupted", file=sys.stderr)
-        return 130
+        return hosts.failed("interrupted", 130)
+    hosts.finish()
+    return code
+
+
+def _run(argv: list[str]) -> int:
+    """Joins the other processes, if there are any, and runs the mode."""
+    from sage_jax import config as settings
+    from sage_jax.runtime import hosts
+
+    argv, given = hosts.take_flags(argv)
+    hosts.start(given)
+    mode, config, workdir = parse(argv)
+    run = settings.resolve(config)
+    hosts.same("settings", (mode, settings.as_dict(run), str(workdir)))
+    modes = importlib.import_module("sage_jax.runtime.modes")
+    return getattr(modes, mode)(run, workdir)
+
+
+def _defect(error: Exception) -> int:
+    """What is no user's mistake is shown with its traceback; one process of several ends all."""
+    from sage_jax.runtime import hosts
+
+    if not hosts.several():
+        raise error
+    text = "".join(traceback.format_exception(error))
+    lost = re.search(r"Gloo|NCCL|[Cc]onnection (reset|closed|refused)|closed by peer", str(error))
+    if lost:
+        text += (
+            "another process of this run is gone, killed or out of memory; its output says more. "
+            "The same command on all hosts goes on from the last checkpoint."
+        )
+    return hosts.failed(text, 1)
 
 
 def _is_message(error: Exception) -> bool:

@@ -75,16 +75,18 @@ class Loss:
 class Selection:
     name: str = "sage"  # see rules.RULES, or "module:function"; "uniform" trains on all drawn
     column: str = ""  # data column that dual_margin, rho, implicit_gap, easy_half read; "" = none
-    keep: float = 0.33  # share of the pool that is trained on; "uniform" takes all of it
-    uniform_share: float = 0.0  # share of the kept pairs drawn uniformly, whatever their score
+    keep: float = -1.0  # share of the pool that is trained on ("uniform": all of it); -1 = 0.33,
+    # but 0.5 where sage meets pairs without the pass_rate that sage-jax sample gives the policy's
+    # own answers: those all teach something
+    uniform_share: float = -1.0  # share of the kept pairs drawn uniformly, whatever their score;
+    # -1 = 0, but 0.5 for sage and pairs without a pass_rate
     refresh: float = -1.0  # share of the pool that a forward pass scores before each round, the
     # longest unseen pairs first; 0 = remembered margins alone, 1 = the whole pool afresh; -1 = 3/16
     # for a rule that reads scores, 0 for others
     scoring_dtype: str = ""  # of the matmuls of that pass: bfloat16, or "" = model.dtype
     scoring_tokens: int = 0  # completion tokens of each side that it reads; 0 = all
     margin: str = "likelihood"  # "likelihood": policy alone; "reward": against the reference
-    # Standard errors added to the margin; -1 = 2 for pairs with a pass_rate, which the policy's own
-    kappa: float = -1.0  # answers were made into (sage-jax sample), 0 for others
+    kappa: float = -1.0  # standard errors added to the margin; -1 = 2 with a pass_rate, 0 without
     damping: float = 0.1  # delta in signal^2 / (curvature + delta)
     temperature: float = 1.0  # scale of the likelihood margin
     length_normalised: bool = False  # likelihood margin from means over tokens
@@ -176,7 +178,7 @@ class Checkpoint:
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    data: int = -1  # devices that split the batch; -1 = the rest
+    data: int = -1  # devices that split the batch; -1 = the rest, here or of one other axis
     fsdp: int = 1  # devices that split batch and parameters
     tensor: int = 1  # devices that split heads and channels
     context: int = 1  # devices that split the tokens of a row, for long ones
@@ -235,7 +237,8 @@ RESUMABLE = (
 # What -1 stands for, with the tables behind it in benchmarks/results/selection.
 POOL_BATCHES = 16  # curriculum.pool_size, for a rule that reads scores
 REFRESH = 3 / 16  # selection.refresh, for such a rule: three of these batches
-KAPPA = 2.0  # selection.kappa, for on-policy pairs
+ON_POLICY = {"kappa": 2.0, "keep": 0.33, "uniform_share": 0.0}  # selection.*, with a pass_rate
+OTHERS = {"kappa": 0.0, "keep": 0.5, "uniform_share": 0.5}  # and without
 
 _CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
@@ -256,8 +259,7 @@ _POSITIVE = (
     "model.layers model.d_model model.d_ff model.heads model.kv_heads data.max_length task.count "
     "loss.beta selection.damping selection.temperature curriculum.strata optim.lr train.steps "
     "train.batch_pairs train.accumulate eval.count eval.max_new_tokens eval.batch sample.count "
-    "sample.per_problem sample.pairs_per_problem checkpoint.every checkpoint.keep mesh.fsdp "
-    "mesh.tensor mesh.context"
+    "sample.per_problem sample.pairs_per_problem checkpoint.every checkpoint.keep"
 ).split()
 _NOT_NEGATIVE = (
     "seed eval.seed data.limit loss.gamma loss.nll_weight loss.displacement_limit loss.nll_auto "
@@ -268,8 +270,6 @@ _NOT_NEGATIVE = (
 _SHARES = (  # key, lowest, whether the lowest is allowed, whether 1 is
     ("task.faulty_share", 0.0, True, True),
     ("loss.label_smoothing", 0.0, True, False),
-    ("selection.keep", 0.0, False, True),
-    ("selection.uniform_share", 0.0, True, True),
     ("selection.refresh", 0.0, True, True),
     ("curriculum.floor", 0.0, True, True),
     ("curriculum.decay", 0.0, True, False),
@@ -357,6 +357,12 @@ def _section(cls: type, config: Any, prefix: str) -> Any:
     return cls(**values)
 
 
+def _in_range(value: float, lowest: float, low_ok: bool, one_ok: bool) -> bool:
+    return (value > lowest or (low_ok and value == lowest)) and (
+        value < 1 or (one_ok and value == 1)
+    )
+
+
 def resolve(config: Any) -> Run:
     """Checks a config and freezes it.
 
@@ -392,10 +398,7 @@ def resolve(config: Any) -> Run:
                 raise ValueError(f"config.{key}={flat[key]} has to be {low}.")
     for key, lowest, low_ok, one_ok in _SHARES:
         value = flat[key]
-        if not (
-            (value > lowest or (low_ok and value == lowest))
-            and (value < 1 or (one_ok and value == 1))
-        ):
+        if not _in_range(value, lowest, low_ok, one_ok):
             raise ValueError(
                 f"config.{key}={value} has to be in {'[' if low_ok else '('}{lowest:g}, "
                 f"1{']' if one_ok else ')'}."
@@ -428,8 +431,9 @@ def _check_together(run: Run) -> None:
     _check_resampling(run)
     _check_scoring(run)
     _check_guard(run)
-    if run.mesh.data == 0 or run.mesh.data < -1:
-        raise ValueError(f"config.mesh.data={run.mesh.data} has to be above 0, or -1 for the rest.")
+    for axis, size in dataclasses.asdict(run.mesh).items():
+        if size == 0 or size < -1:
+            raise ValueError(f"config.mesh.{axis}={size} has to be above 0, or -1 for the rest.")
     if run.model.d_model % run.model.heads or run.model.heads % run.model.kv_heads:
         raise ValueError(
             f"config.model.heads={run.model.heads} has to divide model.d_model={run.model.d_model} "
@@ -438,8 +442,8 @@ def _check_together(run: Run) -> None:
     pool = run.curriculum.pool_size
     if pool and pool * kept_share(run) < run.train.batch_pairs:
         raise ValueError(
-            f"config.selection.keep={chosen.keep} keeps {pool * kept_share(run):.1f} pairs of a "
-            f"pool of {pool}, fewer than one batch of {run.train.batch_pairs}. Raise "
+            f"config.selection.keep={kept_share(run)} keeps {pool * kept_share(run):.1f} pairs of "
+            f"a pool of {pool}, fewer than one batch of {run.train.batch_pairs}. Raise "
             f"selection.keep to {min(1.0, run.train.batch_pairs / pool):.2f} or "
             f"curriculum.pool_size to {-int(-run.train.batch_pairs // kept_share(run))}."
         )
@@ -457,6 +461,12 @@ def _check_together(run: Run) -> None:
         raise ValueError(
             f"config.selection.soft={chosen.soft} weighs pairs by score, which selection.name="
             f"'uniform' does not compute. Set selection.soft=0 or another selection.name."
+        )
+    if chosen.soft and run.train.accumulate > 1:
+        raise ValueError(
+            f"config.selection.soft={chosen.soft} weighs the pairs of a step among each other, and "
+            f"train.accumulate={run.train.accumulate} cuts it into parts that depend on the "
+            f"devices. Set train.accumulate=1, or selection.soft=0."
         )
     if run.loss.name == "sft" and chosen.name != "uniform":
         raise ValueError(
@@ -533,10 +543,16 @@ def _check_scoring(run: Run) -> None:
     """The settings of the scoring pass say something, and what it computes can be compared."""
     chosen = run.selection
     sources = scores.stability_sources(chosen.stability)
-    if chosen.kappa < 0 and chosen.kappa != -1:
-        raise ValueError(
-            f"config.selection.kappa={chosen.kappa} has to be 0 or more, or -1 to follow the data."
-        )
+    for key, rule, fits in (
+        ("kappa", "0 or more", chosen.kappa >= 0),
+        ("keep", "in (0, 1]", 0 < chosen.keep <= 1),
+        ("uniform_share", "in [0, 1]", 0 <= chosen.uniform_share <= 1),
+    ):
+        if not fits and getattr(chosen, key) != -1:
+            raise ValueError(
+                f"config.selection.{key}={getattr(chosen, key)} has to be {rule}, or -1 to follow "
+                f"the data."
+            )
     if chosen.refresh and not needs_scores(run):
         raise ValueError(
             f"config.selection.refresh={chosen.refresh} scores pairs, which selection.name="
@@ -634,32 +650,41 @@ def needs_scores(run: Run) -> bool:
     return rules.resolve(run.selection.name).scores_with(run.selection.column)
 
 
-def settle_kappa(run: Run, columns: Mapping[str, Any]) -> Run:
-    """The run with `selection.kappa=-1` replaced by what the data call for.
+def settle_data(run: Run, columns: Mapping[str, Any]) -> Run:
+    """The run with the -1 of `selection.kappa`, `keep`, `uniform_share` replaced, by the data.
 
     Pairs made of the policy's own answers carry its `pass_rate`. There the tokens' doubt says which
-    errors are chance. Where the chosen answers come from elsewhere, doubt says less than the margin
-    itself, and ranking by the margin alone did better (benchmarks/results/selection).
+    errors are chance, and some pairs teach much more than others. Where the chosen answers come
+    from elsewhere, doubt says less than the margin itself, and every pair teaches something: half
+    of them at random did better there (benchmarks/results/selection). That is for `sage`, and for
+    `random` beside it; other rules keep what they rank highest of any data.
 
     Args:
         run: the settings.
         columns: the numeric columns of the data, float [N] each, nan where a row has none.
 
-    >>> settle_kappa(Run(), {"pass_rate": [0.5, 0.25]}).selection.kappa
+    >>> settle_data(Run(), {"pass_rate": [0.5, 0.25]}).selection.kappa
     2.0
-    >>> settle_kappa(Run(), {"level": [1.0, 2.0]}).selection.kappa
+    >>> settle_data(Run(), {"level": [1.0, 2.0]}).selection.kappa
     0.0
     """
-    if run.selection.kappa != -1:
-        return run
     rate = columns.get("pass_rate")
     sampled = rate is not None and all(math.isfinite(x) for x in rate)
-    return replace(run, **{"selection.kappa": KAPPA if sampled else 0.0})
+    wanted = dict(ON_POLICY if sampled else OTHERS)
+    if run.selection.name not in ("sage", "random"):  # random: its twin
+        wanted |= {k: v for k, v in ON_POLICY.items() if k != "kappa"}
+    left = {f"selection.{k}": v for k, v in wanted.items() if getattr(run.selection, k) == -1}
+    return replace(run, **left)
 
 
 def kept_share(run: Run) -> float:
-    """The share of a pool that is trained on; `uniform` trains on all of it."""
-    return 1.0 if run.selection.name == "uniform" else run.selection.keep
+    """The share of a pool that is trained on; `uniform` trains on all of it.
+
+    The smaller of the two that it may become where it still follows the data.
+    """
+    if run.selection.name == "uniform":
+        return 1.0
+    return run.selection.keep if run.selection.keep != -1 else ON_POLICY["keep"]
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

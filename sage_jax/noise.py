@@ -13,6 +13,10 @@ mirror image, and reads from the signs of s how surely the policy is right where
 which share of the labels it is contradicted however sure it is. That share is the estimate of the
 flipped labels. It is one number for a data set, about 0 where there are none, and it is the prior
 of each pair's posterior. No forward pass is made for any of it. Plain numpy, on the host.
+
+A policy that trains on flipped labels learns them by heart, one after the other: then it no longer
+contradicts any, and the share that can be read off falls to 0, while flipped pairs still have
+lower margins than others. So a share that was once well supported is held (`Held`).
 """
 
 from __future__ import annotations
@@ -31,13 +35,32 @@ _BINS = 256
 _LARGEST_SHARE = 0.45  # beyond that right and wrong labels cannot be told apart
 
 
+class Held(NamedTuple):
+    """What is held of the estimates so far: those that were well supported, by their gains."""
+
+    weight: float = 0.0  # sum of the gains, nats; 0 = there was none yet
+    share: float = 0.0  # mean of the shares, weighted by their gains
+
+    def with_estimate(self, share: float, gain: float) -> Held:
+        """Takes an estimate in, if it is one that the guard "auto" would act on.
+
+        >>> Held().with_estimate(0.1, 4.0).with_estimate(0.2, 4.0).with_estimate(0.0, 0.5)
+        Held(weight=8.0, share=0.15...)
+        """
+        if share < LEAST_SHARE or gain < LEAST_GAIN:
+            return self
+        weight = self.weight + gain
+        return Held(weight, self.share + gain / weight * (share - self.share))
+
+
 class Flips(NamedTuple):
     """What the margins say about the labels of N pairs."""
 
     posterior_N: np.ndarray  # float64, probability that the label is flipped; nan = not known
     log_odds_N: np.ndarray  # float64, of being right, without the prior, nats; nan = not known
-    share: float  # estimated share of flipped labels
-    gain: float  # log-likelihood of that share over that of no flips, nats
+    share: float  # estimated share of flipped labels: the prior of the posterior
+    gain: float  # log-likelihood of the share that fits best now over that of no flips, nats
+    held: Held = Held()  # for the next estimate of the same run
 
     @property
     def suspected_N(self) -> np.ndarray:
@@ -46,8 +69,8 @@ class Flips(NamedTuple):
 
     @property
     def many(self) -> bool:
-        """Whether there are enough flips for the guard "auto" to act."""
-        return self.share >= LEAST_SHARE and self.gain >= LEAST_GAIN
+        """Whether there are, or were, enough flips for the guard "auto" to act."""
+        return self.held.weight > 0
 
 
 def evidence(
@@ -84,7 +107,7 @@ def evidence(
     return np.stack([margin / error, reward / (beta * nats * error)], axis=-1)
 
 
-def detect(evidence_NE: np.ndarray) -> Flips:
+def detect(evidence_NE: np.ndarray, held: Held | None = None) -> Flips:
     """Posterior of a flipped label for each pair, and the share of flips.
 
     With g(s) the density of a right pair, a flipped one has g(-s). If g(s) / g(-s) = exp(a s), as
@@ -105,6 +128,8 @@ def detect(evidence_NE: np.ndarray) -> Flips:
     Args:
         evidence_NE: float, E numbers for each of N pairs, all with the sign of the label, larger =
             more surely right; rows with a nan are not known.
+        held: of earlier estimates of the same data. If there is a share among them, it and the
+            present one, if well supported, make the prior, whatever the present one is.
 
     Returns:
         Flips; the same for every order of the pairs. Nothing is known of fewer than `LEAST_PAIRS`,
@@ -122,18 +147,21 @@ def detect(evidence_NE: np.ndarray) -> Flips:
     >>> round(found.share, 1), round(float(flipped[found.suspected_N].mean()), 1), found.many
     (0.2, 0.9, True)
     """
-    x = np.asarray(evidence_NE, np.float64)
+    x, held = np.asarray(evidence_NE, np.float64), held or Held()
     known_N = np.isfinite(x).all(axis=1)
     unknown = np.full(len(x), np.nan)
     s = _direction(x[known_N]) if known_N.sum() >= LEAST_PAIRS else np.zeros(0)
     if not s.any():
-        return Flips(unknown, unknown.copy(), 0.0, 0.0)
+        return Flips(unknown, unknown.copy(), held.share, 0.0, held)
     share, slope, gain = _fit(s)
+    held = held.with_estimate(share, gain)
+    if held.weight:
+        share, slope, _ = _fit(s, held.share)
     log_odds_N, posterior_N = unknown.copy(), unknown
     log_odds_N[known_N] = slope * s
     prior = np.log1p(-share) - np.log(share) if share > 0 else np.inf
     posterior_N[known_N] = _sigmoid(-slope * s - prior)
-    return Flips(posterior_N, log_odds_N, share, gain)
+    return Flips(posterior_N, log_odds_N, share, gain, held)
 
 
 def lowest(reward_margin_P: np.ndarray, pair_P: np.ndarray, share: float = QUANTILE) -> np.ndarray:
@@ -219,7 +247,7 @@ def _mean(x: np.ndarray) -> np.ndarray:
     return np.mean(np.sort(x, axis=0), axis=0)
 
 
-def _fit(s: np.ndarray) -> tuple[float, float, float]:
+def _fit(s: np.ndarray, known_share: float | None = None) -> tuple[float, float, float]:
     """Share, slope and gain of P(s > 0 | |s|) = share + (1 - 2 share) sigmoid(slope |s|)."""
     order = np.lexsort((s, np.abs(s)))
     bins = np.array_split(s[order], min(_BINS, len(s)))
@@ -236,6 +264,8 @@ def _fit(s: np.ndarray) -> tuple[float, float, float]:
 
     unit = np.sqrt(np.mean(size**2)) or 1.0
     shares = np.linspace(0.0, _LARGEST_SHARE, 46)
+    if known_share is not None:
+        shares = np.array([known_share])
     slopes = np.geomspace(0.1, 50.0, 64) / unit
     none = float(value(np.zeros(1), slopes).max())
     for _ in range(3):  # a grid, and twice a finer one around its best

@@ -28,7 +28,7 @@ def test_defaults_resolve_to_the_declared_run_but_for_what_follows_the_selection
     run = config.resolve(config.default())
     assert config.replace(run, **FOLLOWS) == config.Run()
     chosen = run.selection
-    assert (chosen.name, chosen.keep, chosen.uniform_share) == ("sage", 0.33, 0.0)
+    assert (chosen.name, chosen.keep, chosen.uniform_share) == ("sage", -1.0, -1.0)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,11 @@ def test_every_shipped_config_turns_into_plain_dpo_by_one_setting(path):
         ({"optim": {"lr": "fast"}}, r"config.optim.lr='fast' is not a float"),
         ({"train": {"steps": 1.5}}, r"config.train.steps=1.5 is not an int"),
         ({"data": {"packing": 1}}, r"config.data.packing=1 is not a bool"),
-        ({"selection": {"keep": 0.0}}, r"config.selection.keep=0.0 has to be in \(0, 1\]"),
+        ({"selection": {"keep": 0.0}}, r"config.selection.keep=0.0 has to be in \(0, 1\], or -1"),
+        (
+            {"selection": {"uniform_share": -0.5}},
+            r"uniform_share=-0.5 has to be in \[0, 1\], or -1",
+        ),
         ({"selection": {"keep": 1.1}}, r"config.selection.keep=1.1 has to be in \(0, 1\]"),
         ({"optimm": {"lr": 1.0}}, r"config.optimm.lr is not .* nearest is config.optim.lr"),
         ({"curriculum": {"pool_size": 100}}, r"keeps 33.0 pairs of a pool of 100.*size to 388"),
@@ -158,7 +162,20 @@ def test_a_resumed_run_may_change_housekeeping_but_not_the_objective():
 def test_doubt_counts_where_the_policy_itself_wrote_the_pairs():
     rates = {"pass_rate": np.array([0.5, 0.125])}
     gaps = {"pass_rate": np.array([0.5, np.nan])}  # merged with pairs from elsewhere
-    assert config.settle_kappa(config.resolve({}), rates).selection.kappa == 2.0
-    assert config.settle_kappa(config.resolve({}), gaps).selection.kappa == 0.0
-    told = config.resolve({"selection": {"kappa": 1.0}})
-    assert config.settle_kappa(told, rates) == told
+    assert config.settle_data(config.resolve({}), rates).selection.kappa == 2.0
+    assert config.settle_data(config.resolve({}), gaps).selection.kappa == 0.0
+    told = config.resolve({"selection": {"kappa": 1.0, "keep": 0.2, "uniform_share": 0.1}})
+    assert config.settle_data(told, rates) == told
+
+
+def test_pairs_of_other_writers_are_half_kept_and_half_of_that_at_random():
+    rates = {"pass_rate": np.array([0.5, 0.125])}
+
+    def found(columns, **selection):
+        chosen = config.settle_data(config.resolve({"selection": selection}), columns).selection
+        return chosen.keep, chosen.uniform_share
+
+    assert found(rates) == (0.33, 0.0)
+    assert found({}) == found({}, name="random") == (0.5, 0.5)
+    assert found({}, name="gradient") == (0.33, 0.0)  # a published rule keeps what it ranks highest
+    assert found({}, keep=0.2) == (0.2, 0.5)  # one that is set stays

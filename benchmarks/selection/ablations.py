@@ -9,6 +9,7 @@ to uniform are paired by seed.
 
 from __future__ import annotations
 
+import argparse
 import json
 import pathlib
 from typing import Any
@@ -45,31 +46,55 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
         "sharper": {"curriculum.sharpness": 2.0},
     },
     "uniform share": {f"share {u}": {"selection.uniform_share": u} for u in (0.0, 0.25, 0.5)},
+    "keep and uniform share": {
+        f"keep {k}, share {u}": {"selection.keep": k, "selection.uniform_share": u}
+        for k, u in ((0.33, 0.0), (0.5, 0.0), (0.5, 0.5), (0.75, 0.5), (0.75, 0.0))
+    },
     "pool": {f"pool {p}": {"curriculum.pool_size": p} for p in (128, 512, 2048)},
     "refresh": {f"refresh {r}": {"selection.refresh": r} for r in (0.0, 0.25, 1.0)},
     "soft weights": {"off": {}, "exponent 0.5": {"selection.soft": 0.5}},
 }  # fmt: skip
 
 
-def main() -> None:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = lab.arguments(__doc__.split("\n")[0], "ablations.json")
     parser.set_defaults(seeds="100,101,102")
     parser.add_argument("--groups", default=",".join(GROUPS))
-    args = parser.parse_args()
+    parser.add_argument("--chosen", default="policy", help="policy, or exact chosen answers")
+    parser.add_argument("--flips", type=float, default=0.0, help="share of flipped labels")
+    parser.add_argument("--rate", default="sage", help="whose learning rate the variants take")
+    args = parser.parse_args(argv)
     if unknown := set(args.groups.split(",")) - set(GROUPS):
         parser.error(f"--groups: unknown {unknown}; there are {', '.join(GROUPS)}")
-    rates = json.loads(small.RATES_FILE.read_text())["rates"]
-    seeds, tasks = lab.numbers(args.seeds), args.task.split(",")
-    groups = {name: GROUPS[name] for name in args.groups.split(",")}
+    args.groups = args.groups.split(",")
+    args.rates = json.loads(small.RATES_FILE.read_text())["rates"]
+    return args
+
+
+def jobs_of(args: argparse.Namespace) -> tuple[dict[str, dict[str, Any]], dict[tuple, lab.Job]]:
+    """The variants, and (task, seed, variant) -> job."""
     variants = {"uniform": small.METHODS["uniform"], "default": small.METHODS["sage"]}
-    variants |= {f"{g}/{n}": s for g, group in groups.items() for n, s in group.items()}
+    variants |= {f"{g}/{n}": s for g in args.groups for n, s in GROUPS[g].items()}
 
     def job(task: str, seed: int, name: str) -> lab.Job:
-        rate = rates[task]["uniform" if name == "uniform" else "sage"]
+        rate = args.rates[task]["uniform" if name == "uniform" else args.rate]
         settings = variants[name] | {"train.steps": args.steps, "optim.lr": rate}
-        return lab.job(task, seed, _changed(settings), split="eval")
+        return lab.job(task, seed, settings, split="eval", chosen=args.chosen, flips=args.flips)
 
-    jobs = {(t, s, n): job(t, s, n) for t in tasks for s in seeds for n in variants}
+    return variants, {
+        (t, s, n): job(t, s, n)
+        for s in lab.numbers(args.seeds) for t in args.task.split(",") for n in variants
+    }  # fmt: skip
+
+
+def plan(argv: list[str]) -> list[lab.Job]:
+    return list(jobs_of(parse(argv))[1].values())
+
+
+def main() -> None:
+    args = parse()
+    seeds, tasks, groups = lab.numbers(args.seeds), args.task.split(","), args.groups
+    variants, jobs = jobs_of(args)
     done = lab.run_all(pathlib.Path(args.scratch), jobs.values(), args.processes)
     by = {
         name: {(t, s): done[jobs[t, s, name]]["curve"] for t in tasks for s in seeds}
@@ -85,10 +110,11 @@ def main() -> None:
     whole = [_row(n, summary[n], against[n]) for n in ("uniform", "default")]
     tables.insert(0, curves.markdown(_HEADER, whole))
     lab.write(args.out, __doc__.split("\n")[0], tables, {
-        "seeds": seeds, "tasks": tasks, "rates": rates, "default": small.METHODS["sage"],
+        "seeds": seeds, "tasks": tasks, "rates": args.rates, "chosen": args.chosen,
+        "flips": args.flips, "default": small.METHODS["sage"],
         "summary": summary, "against_default": against,
         "curves": {n: {f"{t}/{s}": c for (t, s), c in each.items()} for n, each in by.items()},
-    })  # fmt: skip
+    }, done)  # fmt: skip
     print("\n\n".join(tables))
 
 
@@ -107,17 +133,6 @@ def _row(name: str, uniform: dict[str, Any], default: dict[str, Any]) -> list[st
         curves.text(uniform["flops_to_95"], 2),
         curves.text(uniform["accuracy_after"]),
     ]
-
-
-def _changed(settings: dict[str, Any]) -> dict[str, Any]:
-    """Without the settings that are the default's anyway, so that equal runs are one run."""
-    plain = lab.load("quickstart", {})
-    return {
-        key: value
-        for key, value in settings.items()
-        if value != getattr(getattr(plain, key.split(".")[0]), key.split(".")[1])
-        or key == "optim.lr"
-    }
 
 
 if __name__ == "__main__":

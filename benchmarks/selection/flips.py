@@ -9,12 +9,15 @@ the truth, the estimated share of flips, and held-out accuracy beside uniform DP
 
 from __future__ import annotations
 
+import argparse
+import json
 import pathlib
 from typing import Any
 
 import curves
 import lab
 import numpy as np
+import small
 
 SAGE = {"selection.name": "sage"}
 UNIFORM = {"selection.name": "uniform", "curriculum.sharpness": 0.0}
@@ -24,75 +27,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "uniform, suspects": UNIFORM | {"selection.guard": "suspects"},
     **{f"sage, {g}": SAGE | {"selection.guard": g} for g in GUARDS},
 }  # fmt: skip
-
-
-def average_precision(suspicion_N: np.ndarray, flipped_N: np.ndarray) -> float:
-    """Mean precision at the ranks of the flipped pairs, most suspicious first."""
-    hit = flipped_N[np.argsort(-suspicion_N, kind="stable")] > 0
-    return float((np.cumsum(hit) / np.arange(1, len(hit) + 1))[hit].mean())
-
-
-def judged(workdir: pathlib.Path, run: Any, every: int) -> list[dict[str, Any]]:
-    """How good the suspicions were at each checkpoint of a run."""
-    import orbax.checkpoint as ocp
-
-    from sage_jax import curriculum
-    from sage_jax.runtime import setup, suspicion
-
-    pairs = setup.load_pairs(run, setup.load_tokenizer(run), run.data.train)
-    flipped_N = pairs.columns["flipped"]
-    found = []
-    for step in range(every, run.train.steps + 1, every):
-        where = (workdir / "checkpoints" / str(step) / "arrays").resolve()
-        with ocp.StandardCheckpointer() as reader:
-            arrays = reader.restore(where)
-        memory = curriculum.Memory(
-            *(np.asarray(arrays[f"memory.{name}"]) for name in curriculum.Memory._fields)
-        )
-        flips = suspicion.detect(memory, run, pairs)
-        seen_N, suspected_N = np.isfinite(flips.posterior_N), flips.suspected_N
-        row: dict[str, Any] = {
-            "step": step, "share": flips.share, "gain": flips.gain, "acts": flips.many,
-            "suspected": int(suspected_N.sum()), "seen": int(seen_N.sum()),
-        }  # fmt: skip
-        if flipped_N.any():
-            right = float((flipped_N[suspected_N] > 0).sum())
-            row |= {
-                "precision": right / suspected_N.sum() if suspected_N.any() else None,
-                "recall": right / float(flipped_N.sum()),
-                "average_precision": average_precision(
-                    -flips.log_odds_N[seen_N], flipped_N[seen_N]
-                ),
-            }
-        found.append(row)
-    return found
-
-
-def _job(task: str, seed: int, flips: float, method: str, args: Any) -> lab.Job:
-    settings = METHODS[method] | {
-        "train.steps": args.steps, "optim.lr": args.lr, "checkpoint.every": args.judge_every,
-        "checkpoint.keep": 1000, "eval.every": args.eval_every, "eval.kl_prompts": 0,
-    }  # fmt: skip
-    return lab.job(task, seed, settings, flips=flips, split=args.split)
-
-
-def _detector(jobs: dict[tuple, lab.Job], args: Any) -> dict[str, list[dict[str, Any]]]:
-    """`judged` of the runs whose guard, or whose selection, remembers margins."""
-    found = {}
-    for (task, seed, flips, method), job in jobs.items():
-        if method == "uniform":
-            continue
-        scratch = pathlib.Path(args.scratch)
-        world = lab.make_world(scratch, task, seed)
-        data = lab.pairs_file(world, seed, flips, "policy", task)
-        run = lab.load("quickstart", lab.RUN | dict(job.settings) | {
-            "model.path": str(world / "base" / "export"), "data.train": str(data),
-            "data.cache": str(scratch / "encoded"),
-        })  # fmt: skip
-        found[f"{task}/{seed}/{flips:g}/{method}"] = judged(
-            scratch / "workdirs" / job.key, run, args.judge_every
-        )
-    return found
 
 
 def _mean(values: list[float | None]) -> str:
@@ -129,28 +63,52 @@ def _accuracy_table(by: dict[str, dict], flips: float) -> str:
     return f"## Held-out accuracy, {flips:.0%} flipped\n\n" + curves.markdown(header, rows)
 
 
-def main() -> None:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = lab.arguments(__doc__.split("\n")[0], "flips.json")
     parser.add_argument("--flips", default="0,0.1,0.2", help="shares of flipped labels")
     parser.add_argument("--methods", default=";".join(METHODS))
-    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--lr", type=float, default=0.0, help="0 = what validation gave uniform")
     parser.add_argument("--split", default="test", help="of the problems: test, or eval to tune")
     parser.add_argument("--judge-every", type=int, default=50)
-    parser.add_argument("--eval-every", type=int, default=20)
-    args = parser.parse_args()
-    methods = args.methods.split(";")
-    if unknown := set(methods) - set(METHODS):
+    args = parser.parse_args(argv)
+    args.methods = args.methods.split(";")
+    args.flips = [float(x) for x in args.flips.split(",")]
+    if unknown := set(args.methods) - set(METHODS):
         parser.error(f"--methods: unknown {unknown}; there are {'; '.join(METHODS)}")
-    if "uniform" not in methods:
+    if "uniform" not in args.methods:
         parser.error("--methods has to include uniform, which the others are compared with")
-    seeds, tasks = lab.numbers(args.seeds), args.task.split(",")
-    shares = [float(x) for x in args.flips.split(",")]
-    jobs = {
-        (t, s, f, m): _job(t, s, f, m, args)
-        for m in methods for f in shares for t in tasks for s in seeds
+    return args
+
+
+def jobs_of(args: argparse.Namespace) -> dict[tuple, lab.Job]:
+    """(task, seed, share of flips, method) -> job."""
+    rates = json.loads(small.RATES_FILE.read_text())["rates"]
+
+    def job(task: str, seed: int, flips: float, method: str) -> lab.Job:
+        settings = METHODS[method] | {
+            "train.steps": args.steps, "optim.lr": args.lr or rates[task]["uniform"]
+        }  # fmt: skip
+        judge = args.judge_every if method != "uniform" else 0  # remembers no margins
+        return lab.job(task, seed, settings, flips=flips, split=args.split, judge=judge)
+
+    return {
+        (t, s, f, m): job(t, s, f, m)
+        for s in lab.numbers(args.seeds) for t in args.task.split(",")
+        for f in args.flips for m in args.methods
     }  # fmt: skip
+
+
+def plan(argv: list[str]) -> list[lab.Job]:
+    return list(jobs_of(parse(argv)).values())
+
+
+def main() -> None:
+    args = parse()
+    methods, shares, jobs = args.methods, args.flips, jobs_of(args)
+    seeds, tasks = lab.numbers(args.seeds), args.task.split(",")
     done = lab.run_all(pathlib.Path(args.scratch), jobs.values(), args.processes)
-    found = _detector(jobs, args)
+    found = {f"{t}/{s}/{f:g}/{m}": done[job]["detector"]
+             for (t, s, f, m), job in jobs.items() if job.judge}  # fmt: skip
     tables, all_curves = [], {}
     for flips in shares:
         by = {
@@ -165,7 +123,7 @@ def main() -> None:
     lab.write(args.out, __doc__.split("\n")[0], tables, {
         "seeds": seeds, "tasks": tasks, "lr": args.lr, "split": args.split, "detector": found,
         "curves": all_curves,
-    })  # fmt: skip
+    }, done)  # fmt: skip
     print("\n\n".join(tables))
 
 

@@ -17,11 +17,12 @@ import json
 import multiprocessing
 import os
 import pathlib
+import queue
 import random
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -29,6 +30,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import common  # noqa: E402
 import curves  # noqa: E402
+import judge  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "selection"
 TASKS = ("arithmetic", "equations")
@@ -58,6 +60,7 @@ class Job:
     chosen: str = "policy"  # or "exact" chosen answers, or the "static" selection of the pairs
     split: str = "test"
     model: str = ""  # settings of the world, as JSON, on top of `BASE`
+    judge: int = 0  # steps from one look at the suspected flips to the next; 0 = none (judge.py)
 
 
 # What a task needs besides: equations of so small a decoder take longer, and a mistake spoils more.
@@ -84,13 +87,21 @@ def load(name: str, overrides: dict[str, Any]):
     return config.resolve(found)
 
 
+def world_path(scratch: pathlib.Path, task: str, seed: int, model: str = "") -> pathlib.Path:
+    """The directory of a world."""
+    digest = hashlib.blake2b(json.dumps(_base(task, model)).encode(), digest_size=4).hexdigest()
+    return scratch / "worlds" / f"{task.replace(':', '_')}_{seed}_{digest}"
+
+
+def _base(task: str, model: str) -> dict[str, Any]:
+    return BASE | BASE_OF.get(task, {}) | (json.loads(model) if model else {})
+
+
 def make_world(scratch: pathlib.Path, task: str, seed: int, model: str = "") -> pathlib.Path:
     """The world of a seed: `base/export` and `pairs.jsonl` in a directory; made once."""
     from sage_jax.runtime import modes
 
-    changes = BASE | BASE_OF.get(task, {}) | (json.loads(model) if model else {})
-    digest = hashlib.blake2b(json.dumps(changes).encode(), digest_size=4).hexdigest()
-    where = scratch / "worlds" / f"{task.replace(':', '_')}_{seed}_{digest}"
+    changes, where = _base(task, model), world_path(scratch, task, seed, model)
     if (where / "pairs.jsonl").exists():
         return where
     shutil.rmtree(where, ignore_errors=True)
@@ -105,6 +116,10 @@ def make_world(scratch: pathlib.Path, task: str, seed: int, model: str = "") -> 
     return where
 
 
+def pairs_path(world: pathlib.Path, flips: float, chosen: str) -> pathlib.Path:
+    return world / f"pairs_{chosen}_{flips:g}.jsonl"
+
+
 def pairs_file(
     world: pathlib.Path, seed: int, flips: float, chosen: str, task: str
 ) -> pathlib.Path:
@@ -112,7 +127,7 @@ def pairs_file(
 
     Flipped pairs are marked in the column `flipped`, which no selection reads.
     """
-    path = world / f"pairs_{chosen}_{flips:g}.jsonl"
+    path = pairs_path(world, flips, chosen)
     if path.exists():
         return path
     if chosen == "exact":
@@ -173,27 +188,54 @@ def _static(world: pathlib.Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (where / "selected.jsonl").open()]
 
 
-def run_job(scratch: pathlib.Path, job: Job) -> dict[str, Any]:
-    """Trains one job, or returns what it left before: its curve and what it spent."""
-    from sage_jax.runtime import modes
+def checked(scratch: pathlib.Path, job: Job) -> tuple[Any, str]:
+    """The run of a job, and the key of its record: of all settings as the run will have them.
 
-    world = make_world(scratch, job.task, job.seed, job.model)
+    So a changed default is another run, and a setting at its default none.
+    """
+    from sage_jax import config
+
+    world = world_path(scratch, job.task, job.seed, job.model)
     settings = RUN | {
         "model.path": str(world / "base" / "export"),
-        "data.train": str(pairs_file(world, job.seed, job.flips, job.chosen, job.task)),
+        "data.train": str(pairs_path(world, job.flips, job.chosen)),
         "eval.problems": f"task:{job.task}", "eval.split": job.split,
         "seed": job.seed, "eval.seed": job.seed,
         "reference.store": str(scratch / "reference"), "data.cache": str(scratch / "encoded"),
     } | dict(job.settings)  # fmt: skip
     run = load("quickstart", settings)
-    # All settings, so that a changed default is another run.
-    key = hashlib.blake2b(repr(run).encode(), digest_size=10).hexdigest()
-    record, workdir = (
-        scratch / "runs" / f"{key}.json",
-        scratch / "workdirs" / f"{key}.{os.getpid()}",
-    )
-    if record.exists():
-        return json.loads(record.read_text())
+    columns = {} if job.chosen == "exact" else {"pass_rate": [0.5]}
+    settled = repr(config.settle_data(run, columns))
+    return run, hashlib.blake2b(settled.encode(), digest_size=10).hexdigest()
+
+
+def _record(scratch: pathlib.Path, key: str) -> pathlib.Path:
+    return scratch / "runs" / f"{key}.json"
+
+
+def _finished(scratch: pathlib.Path, job: Job) -> dict[str, Any] | None:
+    """What a run of this job left, if it was judged where that is asked for."""
+    record = _record(scratch, checked(scratch, job)[1])
+    if not record.exists():
+        return None
+    found = json.loads(record.read_text())
+    return found if not job.judge or "detector" in found else None
+
+
+def run_job(scratch: pathlib.Path, job: Job) -> dict[str, Any]:
+    """Trains one job, or returns what it left before: its curve and what it spent."""
+    from sage_jax import config
+    from sage_jax.runtime import modes
+
+    if found := _finished(scratch, job):
+        return found
+    world = make_world(scratch, job.task, job.seed, job.model)
+    pairs_file(world, job.seed, job.flips, job.chosen, job.task)
+    run, key = checked(scratch, job)
+    if job.judge:
+        run = config.replace(run, **{"checkpoint.every": job.judge, "checkpoint.keep": 1000})
+    record = _record(scratch, key)
+    workdir = scratch / "workdirs" / f"{key}.{os.getpid()}"
     shutil.rmtree(workdir, ignore_errors=True)
     start = time.perf_counter()
     with _quiet():
@@ -205,13 +247,15 @@ def run_job(scratch: pathlib.Path, job: Job) -> dict[str, Any]:
         "summary": json.loads((workdir / "summary.json").read_text()),
         "rewards/margins": [row["rewards/margins"] for row in rows if "rewards/margins" in row],
         "seconds": time.perf_counter() - start,
+        "machine": common.machine(),
     }
+    if job.judge:
+        found["detector"] = judge.judged(workdir, run, job.judge)
     record.parent.mkdir(parents=True, exist_ok=True)
     partial = record.with_suffix(f".{os.getpid()}")
     partial.write_text(json.dumps(found))
     partial.replace(record)
-    if not any((workdir / "selection").glob("suspects*")):
-        shutil.rmtree(workdir)
+    shutil.rmtree(workdir)
     return found
 
 
@@ -242,29 +286,71 @@ def workers(scratch: pathlib.Path, processes: int) -> Any:
     return context.Pool(processes, _start, (cores, str(scratch)))
 
 
-def _world_of(args: tuple[pathlib.Path, str, int, str]) -> str:
-    return str(make_world(*args))
+def run_all(
+    scratch: pathlib.Path, jobs: Iterable[Job], processes: int, minutes: float = 0.0
+) -> dict[Job, dict]:
+    """Runs jobs side by side, each on a core of its own, in order as far as their worlds are there.
 
-
-def _run(args: tuple[pathlib.Path, Job]) -> dict[str, Any]:
-    return run_job(*args)
-
-
-def run_all(scratch: pathlib.Path, jobs: Iterable[Job], processes: int) -> dict[Job, dict]:
-    """Runs jobs side by side, each on a core of its own; worlds first."""
-    jobs = list(dict.fromkeys(jobs))
-    worlds = list(dict.fromkeys((scratch, j.task, j.seed, j.model) for j in jobs))
+    Every finished run leaves its record at once, and those that have one are not run again. With
+    `minutes`, nothing is begun after these, and what is there is returned.
+    """
+    alike: dict[str, list[Job]] = {}
+    for j in jobs:
+        alike.setdefault(checked(scratch, j)[1], []).append(j)
+    # One run for all jobs that are the same; judged if one of them asks for it.
+    first = {key: max(same, key=lambda j: j.judge) for key, same in alike.items()}
     done: dict[Job, dict] = {}
-    began = time.perf_counter()
+    left: dict[str, Job] = {}
+    for key, j in first.items():
+        if found := _finished(scratch, j):
+            done |= dict.fromkeys(alike[key], found)
+        else:
+            left[key] = j
+    worlds = list(dict.fromkeys(_world(j) for j in left.values()))
+    absent = set(worlds)
+    began, ended, running = time.perf_counter(), queue.SimpleQueue[Any](), 0
     with workers(scratch, processes) as pool:
-        for number, _ in enumerate(pool.imap_unordered(_world_of, worlds), 1):
-            _say(f"world {number} of {len(worlds)}", began)
-        found = pool.imap(_run, [(scratch, j) for j in jobs])
-        for number, (j, result) in enumerate(zip(jobs, found, strict=True), 1):
-            done[j] = result
-            last = result["curve"][-1]["accuracy"]
-            _say(f"run {number} of {len(jobs)}: {j.task} seed {j.seed} {last:.3f}", began)
-    return done
+        while True:
+            while running < processes and not (
+                minutes and time.perf_counter() - began > 60 * minutes
+            ):
+                ready = (key for key, j in left.items() if _world(j) not in absent)
+                task: tuple[Any, ...]
+                if worlds:
+                    task = (_make, scratch, worlds.pop(0))
+                elif (key := next(ready, None)) is not None:
+                    task = (_run, scratch, key, left.pop(key))
+                else:
+                    break
+                pool.apply_async(*task[:1], task[1:], {}, ended.put, ended.put)
+                running += 1
+            if not running:
+                return done
+            found, running = ended.get(), running - 1
+            if isinstance(found, BaseException):
+                raise found
+            if isinstance(found, tuple) and len(found) == 3:
+                absent.discard(found)
+                _say(f"world: {found[0]} seed {found[1]}, {len(absent)} left", began)
+                continue
+            key, result = found
+            done |= dict.fromkeys(alike[key], result)
+            what, last = first[key], result["curve"][-1]["accuracy"]
+            _say(f"run {len(first) - len(left) - running} of {len(first)}: {what.task} seed "
+                 f"{what.seed} {last:.3f}", began)  # fmt: skip
+
+
+def _world(job: Job) -> tuple[str, int, str]:
+    return job.task, job.seed, job.model
+
+
+def _make(scratch: pathlib.Path, world: tuple[str, int, str]) -> tuple[str, int, str]:
+    make_world(scratch, *world)
+    return world
+
+
+def _run(scratch: pathlib.Path, key: str, job: Job) -> tuple[str, dict[str, Any]]:
+    return key, run_job(scratch, job)
 
 
 def _say(text: str, began: float) -> None:
@@ -277,10 +363,15 @@ def arguments(description: str, out: str) -> argparse.ArgumentParser:
     parser.add_argument("--seeds", default="0,1,2,3,4", help="worlds; 0-4 chose nothing")
     parser.add_argument("--task", default=",".join(TASKS), help="names, or module:attribute")
     parser.add_argument("--scratch", default="runs/selection", help="worlds and runs are kept here")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--processes", type=int, default=cores())
     parser.add_argument("--out", default=str(RESULTS / out))
     parser.add_argument("--steps", type=int, default=200)
     return parser
+
+
+def cores() -> int:
+    """Cores that this program may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def numbers(text: str) -> list[int]:
@@ -296,12 +387,20 @@ def setting(change: str) -> tuple[str, Any]:
         return key, value
 
 
-def write(path: str, question: str, tables: Sequence[str], result: dict[str, Any]) -> None:
-    """JSON and its tables as Markdown, side by side."""
-    common.write(path, {"question": question} | result)
-    about = common.machine()
-    where = (
-        f"{about['cores']} cores of {about['cpu']}, JAX {about['jax']}, commit {about['commit']}"
-    )
+def write(
+    path: str,
+    question: str,
+    tables: Sequence[str],
+    result: dict[str, Any],
+    done: Mapping[Job, dict[str, Any]] | None = None,
+) -> None:
+    """JSON and its tables as Markdown, side by side, with the machines that made the runs."""
+    made_on = [r["machine"] for r in done.values()] if done else [common.machine()]
+    machines = {json.dumps(m, sort_keys=True): m for m in made_on}
+    common.write(path, {"question": question} | result | {"machines": list(machines.values())})
+    where = ", ".join(sorted({
+        f"one core a run of {about['cpu']}, JAX {about['jax']}, commit {about['commit']}"
+        for about in machines.values()
+    }))  # fmt: skip
     head = f"# {question}\n\n`{' '.join(['python', *sys.argv])}` on {where}.\n\n"
     pathlib.Path(path).with_suffix(".md").write_text(head + "\n\n".join(tables) + "\n")

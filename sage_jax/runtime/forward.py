@@ -11,17 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from sage_jax import batch, config, curriculum, logprobs, losses, scores
-from sage_jax.data import encode, pack, pipeline
+from sage_jax.data import encode, pack, pipeline, steps
 from sage_jax.report import progress
-from sage_jax.runtime import counters, programs, reference, rounds, setup
+from sage_jax.runtime import counters, hosts, programs, reference, rounds, setup
 from sage_jax.runtime import mesh as meshes
 
 
 class Passes:
     """Jitted forward passes over a data set, whose weights are an argument."""
 
-    def __init__(self, policy: setup.Policy, mesh: jax.sharding.Mesh, shape: pack.RowShape):
+    def __init__(self, policy: setup.Policy, mesh: jax.sharding.Mesh, shape: steps.Shape):
         self.mesh, self.shape = mesh, shape
+        self.rows_L = meshes.local_rows(mesh, shape.rows)
         placed = meshes.shardings(policy.params, mesh)
         self._cast = jax.jit(cast_matrices, static_argnames="dtype", out_shardings=placed)
         self._policy = policy
@@ -29,8 +30,8 @@ class Passes:
         self.seconds_compiling = 0.0
 
     def _run(self, key: tuple[bool, bool, str], params: Any, rows: batch.PackedBatch) -> Any:
-        """Starts a program on some rows; the first call of each compiles before it returns."""
-        rows = meshes.put(rows, self.mesh)
+        """Starts a program on this process's rows; the first call compiles before it returns."""
+        rows = meshes.put(rows, self.mesh, self.shape.rows)
         if key in self._programs:
             return self._programs[key](params, None, rows)
         start, (logit_norm, light, dtype) = time.perf_counter(), key
@@ -68,6 +69,9 @@ class Passes:
         if dtype:
             params = self._cast(params, dtype=dtype)
         shape = self.shape
+        # The device is at work while the host takes what came before. But on CPUs two programs at
+        # once may meet in another order on another process, and wait for each other for ever.
+        ahead = 0 if hosts.several() and jax.default_backend() == "cpu" else 1
         plan = pack.plan(
             pairs.lengths_N2, index_P, row_length=shape.row_length, rows=shape.rows,
             slots=shape.slots,
@@ -87,10 +91,10 @@ class Passes:
                 bar.update(int(real.sum()))
 
         started: collections.deque = collections.deque()
-        for rows in pipeline.batches(pairs, plan, shape.row_length):
-            found = self._run((logit_norm, light, dtype), params, rows)
-            started.append((np.asarray(rows.pair_RS), found))
-            if len(started) > 1:  # the device is at work while the host takes what came before
+        batches = pipeline.batches(pairs, plan, shape.row_length, rows_L=self.rows_L)
+        for pair_RS, rows in zip(plan, batches, strict=True):
+            started.append((pair_RS, self._run((logit_norm, light, dtype), params, rows)))
+            if len(started) > ahead:
                 take(*started.popleft())
         for one in started:
             take(*one)

@@ -21,13 +21,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from sage_jax import config, curriculum, logprobs, noise, scores, step
-from sage_jax.data import encode, pipeline
+from sage_jax.data import encode, pipeline, steps
 from sage_jax.report import progress, writers
 from sage_jax.runtime import (
     checkpoint,
     counters,
     displacement,
     forward,
+    hosts,
     programs,
     resample,
     rounds,
@@ -88,7 +89,7 @@ class Trainer:
         """
         self.began = time.perf_counter() if began is None else began
         self.earlier = 0.0
-        run = config.settle_kappa(run, pairs.columns)
+        run = config.settle_data(run, pairs.columns)
         self.run, self.workdir, self.label = run, workdir, label
         self.policy, self.passes, self.pairs = policy, passes, pairs
         self.start, self.reference, self.evaluate = start, reference, evaluate
@@ -198,9 +199,11 @@ class Trainer:
             run=self.run,
             loss=self.loss,
             pairs=self.pairs,
-            shape=self.passes.shape,
+            shapes=self.passes.shape.every,
             score_pool=self._score_pool if needs_scores else None,
+            held=self.round.held if self.round else None,
         )
+        self.round = hosts.agree(self.round)
         self.memory = curriculum.note_drawn(self.memory, self.round.pool_P)
         self.counters.position = 0
         self.round_metrics = rounds.metrics(self.round, drawn)
@@ -302,6 +305,8 @@ class Trainer:
         self.counters.seconds_training += seconds
         tokens = int(found.pop("num_tokens"))
         self.counters.tokens += tokens
+        shape = self.passes.shape
+        pending.row["perf/padding_fraction"] = 1 - tokens / (shape.rows * shape.row_length)
         self.writer.write(
             pending.row
             | found
@@ -335,7 +340,7 @@ class Trainer:
         self.guard = guard
 
     def _evaluated(self) -> dict[str, float]:
-        found = self.evaluate(self.state.params)
+        found = hosts.agree(self.evaluate(self.state.params))
         step_now = self.counters.step
         self._tell(displacement.watch_evaluation(self.guard, step_now, found, self.run))
         if "eval_accuracy" in found:
@@ -350,7 +355,7 @@ class Trainer:
         with checkpoint.Checkpoints(
             self.workdir / "checkpoints", keep=settings.keep, every=settings.every
         ) as checkpoints:
-            at = checkpoints.latest()
+            at = hosts.agree(checkpoints.latest())
             if at is not None:
                 self._restore(checkpoints, at)
             self.writer = writers.MetricsWriter(self.workdir / "metrics.jsonl", (at or 0) - 1)
@@ -362,7 +367,7 @@ class Trainer:
             ):
                 self.say = bar.say
                 while self.counters.step < steps and not stopped():
-                    if self.round is None or self.counters.position == len(self.round.pair_KRS):
+                    if self.round is None or self.counters.position == len(self.round.pair_KB):
                         self._flush()
                         try:
                             found = self._resample(stopped)
@@ -380,8 +385,9 @@ class Trainer:
                 self._save(checkpoints)
         flips = None
         if (self.memory.trained > 0).any():
-            flips = self._suspect(suspicion.detect(self.memory, self.run, self.pairs))
-        rows = writers.read_rows(self.workdir / "metrics.jsonl")
+            held = self.round.held if self.round else None
+            flips = self._suspect(suspicion.detect(self.memory, self.run, self.pairs, held))
+        rows = hosts.on_first(lambda: writers.read_rows(self.workdir / "metrics.jsonl"))
         return Outcome(
             self.state.params, self.counters, finished, rows, self.guard.warnings, self.earlier,
             flips,
@@ -391,13 +397,15 @@ class Trainer:
         assert self.round is not None
         run, mesh = self.run, self.passes.mesh
         left = run.train.steps - self.counters.step
-        plan = self.round.pair_KRS[: self.counters.position + left]
+        shape, done = self.passes.shape, self.counters.position
+        plan = self.round.pair_KB[done : done + left]
+        placed = steps.place(self.pairs.lengths_N2, plan, shape)
         batches = pipeline.batches(
-            self.pairs, plan, self.passes.shape.row_length,
-            ref_logps_N2=self.reference, start=self.counters.position,
+            self.pairs, placed, shape.row_length,
+            ref_logps_N2=self.reference, rows_L=self.passes.rows_L,
         )  # fmt: skip
         with contextlib.closing(batches):
-            for rows in batches:
+            for pair_B, pair_RS, rows in zip(plan, placed, batches, strict=True):
                 now = self.counters.step
                 row = self.counters.row(len(self.pairs))
                 row["learning_rate"] = float(self.learning_rate[now])
@@ -410,14 +418,14 @@ class Trainer:
                 nll = self._nll()
                 if nll:
                     row["loss/nll_weight"] = float(nll[0])
-                self.state, output = self.train_step(self.state, None, meshes.put(rows, mesh), *nll)
+                given = meshes.put(rows, mesh, shape.rows)
+                self.state, output = self.train_step(self.state, None, given, *nll)
                 self._compiled()
                 self._flush()  # the step before, while this one runs
-                flops = self.counters.count(rows, self.flops_N)
-                row["perf/padding_fraction"] = float((rows.segment_RT == 0).mean())
+                flops = self.counters.count(pair_B[pair_B >= 0], self.flops_N)
                 row["perf/scoring_fraction"] = self.counters.flops_scoring / self.counters.flops
                 row["perf/scoring_seconds_fraction"] = self.counters.scoring_seconds_fraction
-                self.pending = Pending(now, row, flops, np.asarray(rows.pair_RS), output)
+                self.pending = Pending(now, row, flops, pair_RS, output)
                 bar.update(1, self._notes())
                 if checkpoints.due(self.counters.step):
                     self._save(checkpoints)

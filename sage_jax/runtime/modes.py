@@ -8,7 +8,7 @@ from sage_jax import config
 from sage_jax.data import encode
 from sage_jax.generate import pairs as pair_makers
 from sage_jax.report import progress, writers
-from sage_jax.runtime import checkpoint, evaluation, forward, setup, state, training
+from sage_jax.runtime import checkpoint, evaluation, forward, hosts, setup, state, training
 
 
 def train(run: config.Run, workdir: pathlib.Path | None) -> int:
@@ -37,7 +37,7 @@ def sample(run: config.Run, workdir: pathlib.Path | None) -> int:
     """Samples answers of the model to problems and writes verified pairs to WORKDIR/pairs.jsonl."""
     workdir = training.need(workdir, "sample")
     out = workdir / "pairs.jsonl"
-    if out.exists():
+    if hosts.on_first(out.exists):
         raise ValueError(f"{out} exists. Name another --workdir; nothing was overwritten.")
     settings = run.sample
     source = config.sample_source(run)
@@ -63,8 +63,9 @@ def sample(run: config.Run, workdir: pathlib.Path | None) -> int:
             f"config.eval.max_new_tokens={run.eval.max_new_tokens}. Use easier or harder problems, "
             f"more samples, or longer answers."
         )
-    pair_makers.write_jsonl(out, rows)
-    writers.write_json(workdir / "sample.json", tally._asdict())
+    if hosts.first():
+        pair_makers.write_jsonl(out, rows)
+        writers.write_json(workdir / "sample.json", tally._asdict())
     print(
         f"{tally.pairs} pairs from {tally.with_pairs} of {tally.problems} problems "
         f"({tally.no_right} had no right answer, {tally.no_wrong} no wrong one; {tally.unfinished} "
@@ -95,7 +96,7 @@ def eval(run: config.Run, workdir: pathlib.Path | None) -> int:
     evaluator = evaluation.Evaluator(run, policy, held, passes, pairs, other)
     row = evaluator(policy.params)
     _print_evaluation(run, evaluator, row)
-    if workdir is not None:
+    if workdir is not None and hosts.first():
         named = {"model": run.model.path, "problems": run.eval.problems, "pairs": run.data.eval}
         workdir.mkdir(parents=True, exist_ok=True)
         writers.write_json(workdir / "eval.json", named | row)
@@ -141,11 +142,11 @@ def score(run: config.Run, workdir: pathlib.Path | None) -> int:
 def export(run: config.Run, workdir: pathlib.Path | None) -> int:
     """Writes the weights of a run's latest checkpoint to WORKDIR/export."""
     workdir = training.need(workdir, "export")
-    if not (workdir / "checkpoints").is_dir():
+    if not hosts.on_first((workdir / "checkpoints").is_dir):
         raise ValueError(f"--workdir={workdir} holds no checkpoints. Name the workdir of a run.")
     mesh = setup.make_mesh(run)
     with checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints:
-        at = checkpoints.latest()
+        at = hosts.agree(checkpoints.latest())
         if at is None:
             raise ValueError(f"{workdir / 'checkpoints'} holds no complete checkpoint to export.")
         policy = setup.load_policy(run, mesh)
@@ -161,9 +162,10 @@ def report(run: config.Run, workdir: pathlib.Path | None) -> int:
 
     del run
     workdir = training.need(workdir, "report")
-    if not (workdir / "metrics.jsonl").exists():
+    if not hosts.on_first((workdir / "metrics.jsonl").exists):
         raise ValueError(f"--workdir={workdir} holds no metrics.jsonl. Name the workdir of a run.")
-    print(html.write(workdir))
+    if hosts.first():
+        print(html.write(workdir))
     return 0
 
 

@@ -23,10 +23,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 
 from sage_jax import logprobs
+from sage_jax.runtime import hosts
 
 DIGEST_BYTES = 16
 _FIELDS = logprobs.SequenceStats._fields
@@ -106,7 +106,7 @@ class Store:
         for name, value in zip(_FIELDS, stats, strict=True):
             tensors[name] = np.ascontiguousarray(value, np.float32)
         _check_values(tensors)
-        if len(digest_N16) == 0 or jax.process_index() != 0:
+        if len(digest_N16) == 0:
             return
         import safetensors.numpy
 
@@ -173,6 +173,9 @@ def fill(
 ) -> logprobs.SequenceStats:
     """Statistics of all pairs: stored ones from the store, the others computed and stored.
 
+    Of several processes the first alone reads and writes the store, and the others take its word
+    for what is in it; all of them call this and compute.
+
     Args:
         store: where to look and to write.
         space: see `space`.
@@ -189,7 +192,7 @@ def fill(
     Raises:
         ValueError: a stored pair differs from what the reference says now.
     """
-    stored, part_N, files = store._lookup(space, digest_N16)
+    stored, part_N, files = hosts.on_first(lambda: store._lookup(space, digest_N16))
     found = np.flatnonzero(part_N >= 0)
     if len(found) and spot_check > 0:
         rng = np.random.default_rng(np.random.SeedSequence(digest_N16[found[0]].tolist()))
@@ -202,14 +205,12 @@ def fill(
     _, first = np.unique(digest_N16[missing], axis=0, return_index=True)
     index = missing[np.sort(first)]
     computed = compute(index)
-    store.add(space, digest_N16[index], computed)
-    stats, have_N = store.lookup(space, digest_N16)
-    if jax.process_index() != 0 and not have_N.all():  # this process does not see the first's files
-        where = {digest_N16[i].tobytes(): row for row, i in enumerate(index)}
-        for i in np.flatnonzero(~have_N):
-            for target, value in zip(stats, computed, strict=True):
-                target[i] = value[where[digest_N16[i].tobytes()]]
-    return stats
+
+    def kept() -> logprobs.SequenceStats:
+        store.add(space, digest_N16[index], computed)
+        return store.lookup(space, digest_N16)[0]
+
+    return hosts.on_first(kept)
 
 
 def _compare(

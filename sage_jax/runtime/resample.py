@@ -12,6 +12,7 @@ same outcome, what came after the checkpoint.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -26,7 +27,7 @@ from sage_jax import config, curriculum, losses, rules, step
 from sage_jax.data import encode, merge, records
 from sage_jax.generate import pairs as pair_makers
 from sage_jax.report import progress, writers
-from sage_jax.runtime import counters, forward, resample_plan, setup
+from sage_jax.runtime import counters, forward, hosts, resample_plan, setup
 
 
 class Data(NamedTuple):
@@ -121,6 +122,7 @@ class Resampler:
         start = time.perf_counter()
         rows, tally = self._sample(run, number // run.rounds.resample, params, stopped)
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        text, tally = hosts.agree((text, tally))  # a check of answers may run out of time
         if writers.first_process():
             writers.write_text(path(workdir, number), text)
         merged = self._merge(run, data.pairs, text, number)
@@ -139,7 +141,7 @@ class Resampler:
         return Grown(
             Data(merged.pairs, reference, memory, rule),
             Entry(number, digest(text)),
-            _metrics(tally, merged, len(rows), len(data.pairs)),
+            _metrics(tally, merged, text.count("\n"), len(data.pairs)),
             flops,
             flops_scoring,
             sampled - start,
@@ -160,7 +162,7 @@ class Resampler:
         """
         for entry in entries:
             file = path(workdir, entry.round)
-            text = file.read_text(encoding="utf-8") if file.is_file() else None
+            text = hosts.on_first(functools.partial(_text, file))
             if text is None or digest(text) != entry.digest:
                 raise ValueError(
                     f"{file} is {'missing' if text is None else 'not what it was'}: the checkpoint "
@@ -223,6 +225,10 @@ class Resampler:
         found = jax.device_get(score_fn(stats, reference))
         behind = len(memory.visits) - len(new) + everything
         return curriculum.remember(memory, behind, found, round=number, trained=False)
+
+
+def _text(file: pathlib.Path) -> str | None:
+    return file.read_text(encoding="utf-8") if file.is_file() else None
 
 
 def _grown_rule(run, loss, state, memory: curriculum.Memory, stays: np.ndarray) -> dict:

@@ -1,4 +1,4 @@
-"""What happens between two rounds, on the host: draw a pool, score it, select, plan the rows.
+"""What happens between two rounds, on the host: draw a pool, score it, select, plan the steps.
 
 All of it is numpy and a function of its arguments. The plan that comes out is kept in the
 checkpoint, so that a resumed run trains the same pairs without scoring anything again.
@@ -7,14 +7,14 @@ checkpoint, so that a resumed run trains the same pairs without scoring anything
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from sage_jax import config, curriculum, losses, noise, rules, scores, selection
-from sage_jax.data import encode, pack
+from sage_jax.data import encode, pack, steps
 from sage_jax.runtime import suspicion
 
 # Columns that "auto" takes for the difficulty, and the sign that makes larger mean harder.
@@ -27,9 +27,14 @@ class Round(NamedTuple):
 
     number: int
     pool_P: np.ndarray  # int64, the pairs that were drawn
-    pair_KRS: np.ndarray  # int32, the rows of each of the K steps, -1 = empty slot
+    pair_KB: np.ndarray  # int32, the pairs of each of the K steps, -1 behind those of a short one
     competence_K: np.ndarray  # float64, running competence per stratum, after this round's draw
     rule: dict[str, np.ndarray]  # state of the selection rule, after this round's ranking
+    held_2: np.ndarray | None = None  # float64, `noise.Held` after this round's look at the labels
+
+    @property
+    def held(self) -> noise.Held:
+        return noise.Held() if self.held_2 is None else noise.Held(*map(float, self.held_2))
 
 
 class Drawn(NamedTuple):
@@ -153,10 +158,11 @@ def next_round(
     run: config.Run,
     loss: losses.Loss,
     pairs: encode.EncodedPairs,
-    shape: pack.RowShape,
+    shapes: Sequence[pack.RowShape],
     score_pool: Callable[[np.ndarray], scores.PairScores] | None,
+    held: noise.Held | None = None,
 ) -> tuple[Round, Drawn]:
-    """Draws, scores and selects a round and plans its rows.
+    """Draws, scores and selects a round and cuts it into steps, the same on every mesh.
 
     Args:
         number: of the round, from 0.
@@ -166,8 +172,9 @@ def next_round(
         run: the settings.
         loss: of the run.
         pairs: the data set.
-        shape: static shape of the rows.
+        shapes: of rows that the pairs of a step have to fit into, `steps.Shape.every`.
         score_pool: scores of drawn pairs, `index_P -> PairScores`; None: nothing is scored.
+        held: the last round's `held`; None before the first.
 
     Returns:
         The round, and what the selection saw.
@@ -193,28 +200,25 @@ def next_round(
         ranked = rank(pool_P, scored, memory, rule_state, run=run, loss=loss, pairs=pairs, rng=rng)
     priority_P = ranked.priority_P if ranked else None
     # At the start reward margins are 0, or say how policy and reference were made.
-    flips = suspicion.detect(memory, run, pairs) if (memory.trained > 0).any() else None
+    held = held or noise.Held()
+    flips = None
+    if (memory.trained > 0).any():
+        flips = suspicion.detect(memory, run, pairs, held)
+        held = flips.held
     chosen = select(pool_P, stratum_N[pool_P], priority_P, memory, run, rng, flips)
     order_K = rng.permutation(np.flatnonzero(chosen.selected_P))
     if priority_P is not None and rules.resolve(run.selection.name).ordered:
         order_K = order_K[np.argsort(-priority_P[order_K], kind="stable")]  # nan sorts last
     order_K = pool_P[order_K]
-    pair_KRS = pack.plan(
-        pairs.lengths_N2,
-        order_K,
-        row_length=shape.row_length,
-        rows=shape.rows,
-        slots=shape.slots,
-        batch_pairs=run.train.batch_pairs,
-    )
-    if not len(pair_KRS):
+    pair_KB = steps.split(pairs.lengths_N2, order_K, shapes, run.train.batch_pairs)
+    if not len(pair_KB):
         raise ValueError(
             f"{len(order_K)} pairs were selected from {len(pool_P)}, fewer than one batch of "
             f"config.train.batch_pairs={run.train.batch_pairs}. Lower it, or raise selection.keep."
         )
     drawn = Drawn(stratum_N[pool_P], scored, chosen, share_K, population_K, priority_P, flips)
     state = dict(ranked.state) if ranked else {}
-    return Round(number, pool_P, pair_KRS, competence_K, state), drawn
+    return Round(number, pool_P, pair_KB, competence_K, state, np.array(held)), drawn
 
 
 def rule_column(run: config.Run, pairs: encode.EncodedPairs) -> np.ndarray | None:

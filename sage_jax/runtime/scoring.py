@@ -12,7 +12,7 @@ from sage_jax import config, curriculum, rules, scores, selection
 from sage_jax.data import encode, records
 from sage_jax.generate import pairs as pair_makers
 from sage_jax.report import progress, writers
-from sage_jax.runtime import forward, rounds, setup, suspicion
+from sage_jax.runtime import forward, hosts, rounds, setup, suspicion
 
 
 def score(run: config.Run, workdir: pathlib.Path) -> int:
@@ -64,13 +64,11 @@ def score(run: config.Run, workdir: pathlib.Path) -> int:
                 f"between the rounds of a training, and this mode scores every pair once. Leave it "
                 f"at {getattr(config.Selection, key)!r}."
             )
-    for name in ("scores.jsonl", "selected.jsonl"):
-        if (workdir / name).exists():
-            raise ValueError(f"{workdir / name} exists. Name another --workdir.")
+    hosts.on_first(lambda: _check_new(workdir))
     mesh = setup.make_mesh(run)
     tokenizer = setup.load_tokenizer(run)
     pairs = setup.load_pairs(run, tokenizer, run.data.train)
-    run = config.settle_kappa(run, pairs.columns)
+    run = config.settle_data(run, pairs.columns)
     setup.check_sides(pairs, "data.train")
     rounds.rule_column(run, pairs)
     policy = setup.load_policy(run, mesh, tokenizer)
@@ -102,8 +100,15 @@ def score(run: config.Run, workdir: pathlib.Path) -> int:
         rng=rng,
         noisy_P=suspicion.left_out(index_N, memory, guard, flips),
     )
-    _write(workdir, run, pairs, stats, found, stratum_N, priority_N, chosen)
+    if hosts.first():
+        _write(workdir, run, pairs, stats, found, stratum_N, priority_N, chosen)
     return 0
+
+
+def _check_new(workdir: pathlib.Path) -> None:
+    for name in ("scores.jsonl", "selected.jsonl"):
+        if (workdir / name).exists():
+            raise ValueError(f"{workdir / name} exists. Name another --workdir.")
 
 
 def _raw_rows(run: config.Run) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import importlib.resources
 import os
 import pathlib
@@ -14,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from sage_jax import config, logprobs, losses, scores, step
-from sage_jax.data import encode, pack
+from sage_jax.data import encode, steps
 from sage_jax.models import attention, decoder, spec
+from sage_jax.runtime import hosts
 from sage_jax.runtime import mesh as meshes
 
 
@@ -212,7 +214,9 @@ def load_pairs(run: config.Run, tokenizer: Any, source: str) -> encode.EncodedPa
         on_bad_row=run.data.on_bad_row,
         cache_dir=cache_directory(run.data.cache, "encoded"),
     )
-    return first_pairs(found, run.data.limit) if run.data.limit else found
+    found = first_pairs(found, run.data.limit) if run.data.limit else found
+    hosts.same(f"pairs of {source}", hashlib.blake2b(found.digest_N16.tobytes()).hexdigest())
+    return found
 
 
 def first_pairs(pairs: encode.EncodedPairs, count: int) -> encode.EncodedPairs:
@@ -280,14 +284,13 @@ def check_sides(pairs: encode.EncodedPairs, key: str, otherwise: str = "") -> No
         )
 
 
-def row_shape(run: config.Run, lengths_N2: np.ndarray, mesh: jax.sharding.Mesh) -> pack.RowShape:
+def row_shape(run: config.Run, lengths_N2: np.ndarray, mesh: jax.sharding.Mesh) -> steps.Shape:
     """The static shape of a run's rows, a multiple of what the mesh and accumulation divide by."""
-    return pack.shape(
+    return steps.shape(
         lengths_N2,
         batch_pairs=min(run.train.batch_pairs, len(lengths_N2)),
         packing=run.data.packing,
         rows_multiple=meshes.row_multiple(mesh) * run.train.accumulate,
-        factors=(1, 2, 3),
     )
 
 

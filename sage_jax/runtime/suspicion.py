@@ -1,7 +1,7 @@
 """Suspected label flips of a run: found in its memory, left out by the guard, written for people.
 
-All of it is a function of the memory, which is in the checkpoint: a resumed run suspects whom it
-would have suspected.
+All of it is a function of the memory and of what is held of earlier estimates; both are in the
+checkpoint: a resumed run suspects whom it would have suspected.
 """
 
 from __future__ import annotations
@@ -16,8 +16,13 @@ from sage_jax.data import encode
 from sage_jax.report import writers
 
 
-def detect(memory: curriculum.Memory, run: config.Run, pairs: encode.EncodedPairs) -> noise.Flips:
-    """What the remembered margins say about the labels.
+def detect(
+    memory: curriculum.Memory,
+    run: config.Run,
+    pairs: encode.EncodedPairs,
+    held: noise.Held | None = None,
+) -> noise.Flips:
+    """What the remembered margins, and estimates made earlier in the run, say about the labels.
 
     The share of flips is estimated over all pairs: those that a selection has trained or scored
     lately are no fair sample of them. A pair that nothing has seen since the start is not accused.
@@ -33,7 +38,8 @@ def detect(memory: curriculum.Memory, run: config.Run, pairs: encode.EncodedPair
             memory.margin_error,
             run.loss.beta,
             nats,
-        )
+        ),
+        held,
     )
     seen_N = memory.last_round >= 0
     return flips._replace(posterior_N=np.where(seen_N, flips.posterior_N, np.nan))

@@ -18,6 +18,7 @@ from sage_jax.runtime import (
     divergence,
     evaluation,
     forward,
+    hosts,
     interrupt,
     loop,
     resample,
@@ -37,6 +38,11 @@ def need(workdir: pathlib.Path | None, mode: str) -> pathlib.Path:
 def open_workdir(run: config.Run, workdir: pathlib.Path | None, mode: str) -> pathlib.Path:
     """A new workdir, or one with the same run. Refuses one that holds another."""
     workdir = need(workdir, mode)
+    hosts.on_first(lambda: _check_workdir(run, workdir, mode))
+    return workdir
+
+
+def _check_workdir(run: config.Run, workdir: pathlib.Path, mode: str) -> None:
     now = {"mode": mode} | config.as_dict(run)
     path = workdir / "config.json"
     if workdir.exists() and not workdir.is_dir():
@@ -50,7 +56,6 @@ def open_workdir(run: config.Run, workdir: pathlib.Path | None, mode: str) -> pa
         raise ValueError(
             f"--workdir={workdir} is not empty and holds no run of sage_jax. Name a new directory."
         )
-    return workdir
 
 
 class _Parts(NamedTuple):
@@ -86,16 +91,19 @@ def _load(run: config.Run, mesh: jax.sharding.Mesh, mode: str) -> _Parts:
 
 
 def fit(run: config.Run, workdir: pathlib.Path, mode: str) -> int:
-    if (workdir / "summary.json").exists():
+    done = workdir / "summary.json"
+    finished = hosts.on_first(lambda: json.loads(done.read_text()) if done.exists() else None)
+    if finished is not None:
         print(f"{workdir} is finished. For another run, name another --workdir.\n")
-        summary.show(json.loads((workdir / "summary.json").read_text()), workdir)
+        summary.show(finished, workdir)
         return 0
     started = time.perf_counter()
     mesh = setup.make_mesh(run)
     parts = _load(run, mesh, mode)
     # From here on files are written: everything the user typed has been checked.
-    workdir.mkdir(parents=True, exist_ok=True)
-    writers.write_json(workdir / "config.json", {"mode": mode} | config.as_dict(run))
+    if hosts.first():
+        workdir.mkdir(parents=True, exist_ok=True)
+        writers.write_json(workdir / "config.json", {"mode": mode} | config.as_dict(run))
     _describe(run, parts, workdir)
 
     policy, pairs, held_out = parts.policy, parts.pairs, parts.held_out
@@ -134,7 +142,8 @@ def fit(run: config.Run, workdir: pathlib.Path, mode: str) -> int:
         for name in [name for name in TWINS if getattr(run.compare, name)]:
             if not [outcome, *twins.values()][-1].finished:
                 break
-            (workdir / name).mkdir(exist_ok=True)
+            if hosts.first():
+                (workdir / name).mkdir(exist_ok=True)
             twin = loop.Trainer(
                 twin_run(name, run, outcome, flops_N), workdir / name, **shared, label=name
             )
@@ -150,11 +159,12 @@ def fit(run: config.Run, workdir: pathlib.Path, mode: str) -> int:
     found = summary.make(
         outcome, twins, earlier + time.perf_counter() - started, label, len(pairs)
     )  # fmt: skip
-    writers.write_json(workdir / "summary.json", found)
-    from sage_jax.report import html
+    if hosts.first():
+        from sage_jax.report import html
 
-    html.write(workdir)
-    summary.show(found, workdir)
+        writers.write_json(workdir / "summary.json", found)
+        html.write(workdir)
+        summary.show(found, workdir)
     return 0
 
 
@@ -207,7 +217,7 @@ def _describe(run: config.Run, parts: _Parts, workdir: pathlib.Path) -> None:
         text = f"every {every} rounds, from {run.sample.count} problems of {source}"
         lines.append(("new pairs", f"{text}, {run.sample.per_problem} answers each"))
     if config.needs_scores(run):
-        kappa = config.settle_kappa(run, pairs.columns).selection.kappa
+        kappa = config.settle_data(run, pairs.columns).selection.kappa
         text = f"{run.selection.name}, kappa {kappa:g}"
         if run.selection.kappa == -1:
             text += ", as the pairs " + ("have" if kappa else "lack") + " a pass_rate"

@@ -1,7 +1,9 @@
 import concurrent.futures
 import signal
 
+import hypothesis
 import pytest
+from hypothesis import strategies as st
 
 from sage_jax.generate import verify
 
@@ -37,10 +39,19 @@ def test_exact_ignores_only_white_space_around(completion, answer, right):
         ("x = 3.0", "3", True),
         ("12 apples!", "12", True),
         ("1e3", "1000", False),  # not understood: it ends in the number 3
+        ("12 km/5", "5", True),
+        ("/5.", "5", True),
+        ("٣", "3", False),  # digits of another script are not read
+        ("9" * 5000, "9", False),
     ],
 )
 def test_number_compares_the_last_number_exactly(completion, answer, right):
     assert verify.verify("number", completion, answer) is right
+
+
+@hypothesis.given(st.text(st.sampled_from("0123456789+-.,/ ()a٣²")))
+def test_whatever_a_model_writes_is_right_or_wrong(completion):
+    assert verify.number(completion, "7") in (True, False)
 
 
 MATH = [

@@ -104,7 +104,7 @@ def test_every_rule_makes_a_round_of_its_share_and_the_one_after(job, memory, na
     trained = memory._replace(reward_margin=moved, trained=memory.trained + 1)
     second, drawn = next_round(job, run, trained, first.rule, 1, pool_of(trained))
     for round_ in (first, second):
-        assert len(round_.pair_KRS) == 3 and (round_.pair_KRS >= 0).sum() == 24
+        assert len(round_.pair_KB) == 3 and (round_.pair_KB >= 0).sum() == 24
     assert np.isfinite(drawn.priority_P).all() and set(drawn.selection.reason_P) == {
         "score",
         "rank",
@@ -118,7 +118,7 @@ def test_easy_half_trains_the_easiest_pairs_of_the_column_from_easy_to_hard(job,
     run = small_run(**{"selection.name": "easy_half", "selection.column": "loss"})
     round_, drawn = next_round(job, run, memory)
     easiest = np.sort(job["pairs"].columns["loss"][round_.pool_P])[:24]
-    batches = [job["pairs"].columns["loss"][k[k >= 0]] for k in round_.pair_KRS]
+    batches = [job["pairs"].columns["loss"][k[k >= 0]] for k in round_.pair_KB]
     assert len(batches) == 3 and drawn.pairs is None  # nothing was scored
     for k, batch in enumerate(batches):
         np.testing.assert_array_equal(np.sort(batch), easiest[8 * k : 8 * (k + 1)])

@@ -101,7 +101,7 @@ def test_suspects_are_trained_neither_by_rank_nor_by_chance(job, name):
     round_, drawn = chosen_from(memory, run, job)
     suspected = drawn.flips.suspected_N
     assert flipped[suspected].mean() > 0.9 and suspected[flipped].mean() > 0.8
-    trained = round_.pair_KRS[round_.pair_KRS >= 0]
+    trained = round_.pair_KB[round_.pair_KB >= 0]
     assert len(trained) and not suspected[trained].any()
     left_out = set(round_.pool_P[drawn.selection.reason_P == "noise"])
     assert left_out == set(round_.pool_P[suspected[round_.pool_P]])

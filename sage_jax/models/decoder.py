@@ -21,6 +21,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from sage_jax import batch
 from sage_jax.models import attention, attention_blocks, layers
 from sage_jax.models import spec as spec_lib
 
@@ -158,6 +159,7 @@ class Model:
         tokens_RT: jax.Array,
         position_RT: jax.Array,
         segment_RT: jax.Array,
+        shared: batch.Shared | None = None,
     ) -> jax.Array:
         """Final-normed hidden states of packed rows.
 
@@ -166,11 +168,16 @@ class Model:
           tokens_RT: int32 [R, T], token ids.
           position_RT: int32 [R, T], position of each token inside its sequence.
           segment_RT: int32 [R, T], 0 = padding; a token sees earlier tokens of its own segment.
+          shared: what each token sees in rows with shared prompts; None: as `segment_RT` says.
 
         Returns:
           [R, T, D] in the compute dtype; finite but meaningless at padding.
         """
         seen = attention.causal(segment_RT, position_RT)
+        if shared is not None:
+            first_RT, last_RT = jnp.asarray(shared.first_RT), jnp.asarray(shared.last_RT)
+            ahead_RT = jax.lax.cummax(last_RT, axis=1)
+            seen = attention.Visible(first_RT, last_RT, seen.position_RT, ahead_RT)
         hidden_RTD, _ = self._apply(params, tokens_RT, position_RT, seen)
         return hidden_RTD
 

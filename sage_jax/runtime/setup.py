@@ -46,7 +46,7 @@ class Policy:
         model = dataclasses.replace(self.model, dtype=dtype or self.model.dtype)
         return logprobs.make_logps_fn(
             lambda params, _, b: model.hidden(
-                params, *map(jnp.asarray, (b.tokens_RT, b.position_RT, b.segment_RT))
+                params, *map(jnp.asarray, (b.tokens_RT, b.position_RT, b.segment_RT)), b.shared
             ),
             lambda params, _: model.head(params),
             logit_norm=logit_norm,

@@ -187,6 +187,21 @@ def residual(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
     return constrain
 
 
+def table(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    """Brings the embedding [V, D] together over all axes but `tensor`, before tokens are looked up.
+
+    Looked up in parts of its width, every token's channels would lie on other devices than the
+    token, and the compiler replicates the batch to change that.
+    """
+
+    def gather(table_VD: jax.Array) -> jax.Array:
+        whole = table_VD.shape[0] % mesh.shape["tensor"]
+        spec = P(None if whole else "tensor", None)
+        return jax.lax.with_sharding_constraint(table_VD, NamedSharding(mesh, spec))
+
+    return gather
+
+
 def spread(mesh: Mesh) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Runs a function of [R, T, ...] arrays on each device's own tokens, with the head whole.
 
@@ -225,6 +240,15 @@ def row_multiple(mesh: Mesh) -> int:
     1
     """
     return int(np.prod([mesh.shape[axis] for axis in ROWS]))
+
+
+def token_multiple(mesh: Mesh) -> int:
+    """The number of which the tokens of a row must be a multiple, so that `context` splits it.
+
+    Each device's part is a multiple of 128 tokens, what TPU kernels take at once.
+    """
+    parts = mesh.shape[CONTEXT]
+    return 128 * parts if parts > 1 else 1
 
 
 def local_rows(mesh: Mesh, rows: int) -> np.ndarray:

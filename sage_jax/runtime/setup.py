@@ -117,6 +117,7 @@ def on_mesh(run: config.Run, model: decoder.Model, mesh: jax.sharding.Mesh) -> d
         dtype=run.model.dtype,
         remat=run.model.remat,
         constrain=meshes.residual(mesh),
+        gather=meshes.table(mesh),
         kernel=attention.Kernel(
             run.model.attention, mesh, meshes.ROWS, ("tensor",), (meshes.CONTEXT,)
         ),
@@ -286,12 +287,14 @@ def check_sides(pairs: encode.EncodedPairs, key: str, otherwise: str = "") -> No
 
 def row_shape(run: config.Run, lengths_N2: np.ndarray, mesh: jax.sharding.Mesh) -> steps.Shape:
     """The static shape of a run's rows, a multiple of what the mesh and accumulation divide by."""
-    return steps.shape(
+    found = steps.shape(
         lengths_N2,
         batch_pairs=min(run.train.batch_pairs, len(lengths_N2)),
         packing=run.data.packing,
         rows_multiple=meshes.row_multiple(mesh) * run.train.accumulate,
     )
+    unit = meshes.token_multiple(mesh)
+    return found._replace(row_length=-(-found.row_length // unit) * unit)
 
 
 def make_score_fn(run: config.Run, loss: losses.Loss) -> step.ScoreFn:

@@ -2,7 +2,8 @@
 
     sage-jax compile --config=configs/qwen2_1p5b_v5e8.py --topology=v5e:2x4
     sage-jax train   --config=configs/qwen2_1p5b_v5e8.py --workdir=runs/qwen \
-                     --config.model.path=/models/Qwen2.5-1.5B-Instruct --config.data.train=pairs.jsonl
+                     --config.model.path=/models/Qwen2.5-1.5B-Instruct \
+                     --config.data.train=pairs.jsonl
 """
 
 from sage_jax import config

@@ -13,6 +13,7 @@ builds a [T, T] mask, and a kernel that takes ranges needs none.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -44,6 +45,7 @@ class Kernel:
       mesh: the devices that the arrays are spread over; None for one device, or unknown.
       rows: axes of the mesh that split the rows.
       heads: axes of the mesh that split the heads, where these divide; else they are replicated.
+      context: axes of the mesh that split the tokens of a row, likewise.
       interpret: runs a TPU's or GPU's kernel step by step on any device, for tests.
     """
 
@@ -51,6 +53,7 @@ class Kernel:
     mesh: jax.sharding.Mesh | None = None
     rows: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
+    context: tuple[str, ...] = ()
     interpret: bool = False
 
     def __post_init__(self) -> None:
@@ -63,6 +66,8 @@ class Kernel:
             return self.name
         if length <= DENSE_UP_TO:
             return "dense"
+        if self.platform == "gpu" and self.size(self.context) > 1:
+            return "blocks"  # the GPU kernels take rows that are whole
         return {"tpu": "splash", "gpu": "triton"}.get(self.platform, "blocks")
 
     @property
@@ -76,13 +81,6 @@ class Kernel:
     def size(self, axes: tuple[str, ...]) -> int:
         """Devices along some axes of the mesh."""
         return 1 if self.mesh is None else math.prod(self.mesh.shape[axis] for axis in axes)
-
-    @property
-    def row_shards(self) -> int | None:
-        """Parts that the rows are split into; None where that is not known."""
-        if self.mesh is None:
-            return 1 if jax.device_count() == 1 else None
-        return self.size(self.rows)
 
 
 AUTO = Kernel()
@@ -111,25 +109,26 @@ def causal(segment_RT: jax.Array, position_RT: jax.Array) -> Visible:
     return Visible(first_RT, index_RT, jnp.asarray(position_RT, jnp.int32))
 
 
-def mask(visible: Visible, window: int = 0) -> jax.Array:
+def mask(visible: Visible, window: int = 0, key_position_RC: jax.Array | None = None) -> jax.Array:
     """The ranges as a mask, for short rows and for tests.
 
     Args:
       visible: the range of every query.
       window: positions that a query sees, its own included; 0 = all.
+      key_position_RC: int32, the positions of all keys, where `visible` has some queries only.
 
     Returns:
-      bool [R, T, T], query before key.
+      bool [R, T, C], query before key.
 
     >>> positions = jnp.array([[0, 1, 2]])
     >>> mask(causal(jnp.ones((1, 3), jnp.int32), positions), window=2)[0].astype(int).tolist()
     [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
     """
-    key_T = jnp.arange(visible.first_RT.shape[1])
-    seen = (key_T >= visible.first_RT[:, :, None]) & (key_T <= visible.last_RT[:, :, None])
+    position_RC = visible.position_RT if key_position_RC is None else key_position_RC
+    key_C = jnp.arange(position_RC.shape[1])
+    seen = (key_C >= visible.first_RT[:, :, None]) & (key_C <= visible.last_RT[:, :, None])
     if window:
-        position_RT = visible.position_RT
-        seen &= position_RT[:, :, None] - position_RT[:, None, :] < window
+        seen &= visible.position_RT[:, :, None] - position_RC[:, None, :] < window
     return seen
 
 
@@ -165,10 +164,15 @@ def attend(
     name = kernel.chosen(q_RTHE.shape[1])
     given = (q_RTHE, key_RTGE, value_RTGE, visible)
     options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
-    if name == "dense":
-        return _dense(*given, **options)
-    if name == "blocks":
-        return _in_blocks(*given, **options, shards=kernel.row_shards)
+    if name in _PARTS:
+        part = functools.partial(_PARTS[name], **options)
+        spread = kernel.size(kernel.context) > 1 or name == "blocks"
+        if kernel.mesh is None or kernel.mesh.size == 1 or not spread:
+            return part(*given, visible.position_RT)
+        from sage_jax.models import attention_spread
+
+        # Each device by itself: left to the compiler, all would share the longest of their loops.
+        return attention_spread.attend(*given, kernel=kernel, part=part)
     if name == "splash":
         from sage_jax.models import attention_tpu
 
@@ -183,6 +187,7 @@ def _dense(
     key_RTGE: jax.Array,
     value_RTGE: jax.Array,
     visible: Visible,
+    key_position_RC: jax.Array,
     *,
     scale: float,
     window: int,
@@ -199,13 +204,13 @@ def _dense(
     q = (q_RTHE * scale).transpose(0, 2, 1, 3)
     q = q.reshape(rows, groups, shared * length, width)
     logits = jnp.matmul(q, key_RTGE.transpose(0, 2, 3, 1), preferred_element_type=jnp.float32)
-    logits = logits.reshape(rows, groups, shared, length, length)
+    logits = logits.reshape(rows, groups, shared, length, -1)
     if softcap:
         logits = softcap * jnp.tanh(logits / softcap)
-    seen = mask(visible, window)[:, None, None]
+    seen = mask(visible, window, key_position_RC)[:, None, None]
     logits = jnp.where(seen, logits, jnp.finfo(jnp.float32).min)
     weight = jax.nn.softmax(logits, axis=-1).astype(value_RTGE.dtype)
-    weight = weight.reshape(rows, groups, shared * length, length)
+    weight = weight.reshape(rows, groups, shared * length, -1)
     out = jnp.matmul(weight, value_RTGE.transpose(0, 2, 1, 3)).reshape(rows, heads, length, width)
     return out.transpose(0, 2, 1, 3).reshape(rows, length, heads * width)
 
@@ -215,30 +220,32 @@ def _in_blocks(
     key_RTGE: jax.Array,
     value_RTGE: jax.Array,
     visible: Visible,
+    key_position_RC: jax.Array,
     *,
     scale: float,
     window: int,
     softcap: float,
-    shards: int | None,
 ) -> jax.Array:
     """The rows of a device as one long row: then a block of queries skips what it alone does not
     see, where side by side the rows would share their loop's length."""
     from sage_jax.models import attention_blocks
 
     rows, length, heads, width = q_RTHE.shape
-    shards = shards if shards and rows % shards == 0 else rows
-    joined = rows // shards
-    offset_R1 = (jnp.arange(rows, dtype=jnp.int32) % joined * length)[:, None]
+    offset_R1 = (jnp.arange(rows, dtype=jnp.int32) * key_RTGE.shape[1])[:, None]
     first, last = visible.first_RT + offset_R1, visible.last_RT + offset_R1
 
     def join(x: jax.Array) -> jax.Array:
-        return x.reshape(shards, joined * length, *x.shape[2:])
+        return x.reshape(1, -1, *x.shape[2:])
 
     out = attention_blocks.attend(
         join(q_RTHE),
         join(key_RTGE),
         join(value_RTGE),
         Visible(join(first), join(last), join(visible.position_RT)),
+        join(key_position_RC),
         attention_blocks.Settings(scale, window, softcap, BLOCK, BLOCK),
     )
     return out.reshape(rows, length, heads * width)
+
+
+_PARTS = {"dense": _dense, "blocks": _in_blocks}  # plain XLA, on one device or on each

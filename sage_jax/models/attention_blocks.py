@@ -46,15 +46,21 @@ class _Ranges(NamedTuple):
 
 
 def attend(
-    q_NMHE: jax.Array, key_NMGE: jax.Array, value_NMGE: jax.Array, visible: Any, settings: Settings
+    q_NMHE: jax.Array,
+    key_NMGE: jax.Array,
+    value_NMGE: jax.Array,
+    visible: Any,
+    key_position_NM: jax.Array,
+    settings: Settings,
 ) -> jax.Array:
-    """Attention of rows [N, M] to their key ranges.
+    """Attention of rows [N, M] to their key ranges; there may be more keys than queries.
 
     Args:
       q_NMHE: queries.
       key_NMGE: keys.
       value_NMGE: values.
-      visible: `attention.Visible` of [N, M] arrays.
+      visible: `attention.Visible` of [N, M] arrays, of the queries.
+      key_position_NM: int32, positions of the keys.
       settings: the Python choices.
 
     Returns:
@@ -63,7 +69,7 @@ def attend(
     rows, length, heads, width = q_NMHE.shape
     groups = key_NMGE.shape[2]
     settings = settings._replace(
-        queries=min(settings.queries, length), keys=min(settings.keys, length)
+        queries=min(settings.queries, length), keys=min(settings.keys, key_NMGE.shape[1])
     )
     fill = -length % settings.queries
     # A filled query sees key 0 alone, so that no softmax is empty; its output is cut off.
@@ -74,7 +80,7 @@ def attend(
     key, value = (x.transpose(0, 2, 1, 3) for x in (key_NMGE, value_NMGE))
     # A key block begins anywhere: the last one reaches past the row.
     key, value = (jnp.pad(x, ((0, 0), (0, 0), (0, settings.keys), (0, 0))) for x in (key, value))
-    position = jnp.pad(visible.position_RT, ((0, 0), (0, settings.keys)))
+    position = jnp.pad(key_position_NM, ((0, 0), (0, settings.keys)))
     out_INGQE = _attend(q_INGQE, key, value, ranges, position, settings)
     count = out_INGQE.shape[0]
     out = out_INGQE.reshape(

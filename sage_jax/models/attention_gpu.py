@@ -55,6 +55,12 @@ def attend(
       ValueError: tokamax with a window in rows with shared prompts, or a missing package.
     """
     rows, length, heads, width = q_RTHE.shape
+    if kernel.size(kernel.context) > 1:
+        raise ValueError(
+            f"attention={kernel.name!r} takes whole rows, and mesh.context="
+            f"{kernel.size(kernel.context)} splits them. Use model.attention='blocks', or "
+            f"mesh.context=1."
+        )
     if tokamax:
         local = functools.partial(
             _tokamax, scale=scale, window=window, softcap=softcap,

@@ -113,6 +113,8 @@ class Model:
       constrain: applied to the residual stream [R, T, D] after the embedding and after each layer;
         under a mesh, a function that calls `jax.lax.with_sharding_constraint`. None: nothing.
       kernel: how attention is computed, and over which devices.
+      gather: applied to the embedding, in the compute dtype, before tokens are looked up; under a
+        mesh, a function that says where it lies. None: nothing.
 
     >>> spec = spec_lib.ModelSpec(vocab=32, d_model=16, d_ff=32, layers=2, heads=2)
     >>> model = Model(spec)
@@ -126,6 +128,7 @@ class Model:
     remat: str = "dots"
     constrain: Callable[[jax.Array], jax.Array] | None = None
     kernel: attention.Kernel = attention.AUTO
+    gather: Callable[[jax.Array], jax.Array] | None = None
 
     def __post_init__(self) -> None:
         for name, value, allowed in (("dtype", self.dtype, DTYPES), ("remat", self.remat, REMAT)):
@@ -151,6 +154,9 @@ class Model:
         return variables["params"]
 
     def _apply(self, params: Params, *args: Any) -> tuple[jax.Array, layers.KeyValue | None]:
+        if self.gather is not None:
+            table = self.gather(params["embed"]["embedding"].astype(DTYPES[self.dtype]))
+            params = {**params, "embed": {**params["embed"], "embedding": table}}
         return self._module.apply({"params": params}, *args)  # type: ignore[return-value]
 
     def hidden(

@@ -176,9 +176,30 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(ROWS))
 
 
-def residual_sharding(mesh: Mesh) -> NamedSharding:
-    """For `jax.lax.with_sharding_constraint` on hidden_RTD, once per block."""
-    return NamedSharding(mesh, RESIDUAL)
+def residual(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    """Says where hidden_RTD lies, once per block; a row that does not divide stays whole."""
+
+    def constrain(x_RTD: jax.Array) -> jax.Array:
+        whole = x_RTD.shape[1] % mesh.shape[CONTEXT]
+        spec = P(ROWS, None, None) if whole else RESIDUAL
+        return jax.lax.with_sharding_constraint(x_RTD, NamedSharding(mesh, spec))
+
+    return constrain
+
+
+def table(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    """Brings the embedding [V, D] together over all axes but `tensor`, before tokens are looked up.
+
+    Looked up in parts of its width, every token's channels would lie on other devices than the
+    token, and the compiler replicates the batch to change that.
+    """
+
+    def gather(table_VD: jax.Array) -> jax.Array:
+        whole = table_VD.shape[0] % mesh.shape["tensor"]
+        spec = P(None if whole else "tensor", None)
+        return jax.lax.with_sharding_constraint(table_VD, NamedSharding(mesh, spec))
+
+    return gather
 
 
 def spread(mesh: Mesh) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -219,6 +240,15 @@ def row_multiple(mesh: Mesh) -> int:
     1
     """
     return int(np.prod([mesh.shape[axis] for axis in ROWS]))
+
+
+def token_multiple(mesh: Mesh) -> int:
+    """The number of which the tokens of a row must be a multiple, so that `context` splits it.
+
+    Each device's part is a multiple of 128 tokens, what TPU kernels take at once.
+    """
+    parts = mesh.shape[CONTEXT]
+    return 128 * parts if parts > 1 else 1
 
 
 def local_rows(mesh: Mesh, rows: int) -> np.ndarray:

@@ -112,15 +112,15 @@ def new_spec(run: config.Run, tokenizer: Any) -> spec.ModelSpec:
 
 def on_mesh(run: config.Run, model: decoder.Model, mesh: jax.sharding.Mesh) -> decoder.Model:
     """The model as a run computes with it: its dtype, what it recomputes, where activations lie."""
-    constrain = functools.partial(
-        jax.lax.with_sharding_constraint, shardings=meshes.residual_sharding(mesh)
-    )
     return dataclasses.replace(
         model,
         dtype=run.model.dtype,
         remat=run.model.remat,
-        constrain=constrain,
-        kernel=attention.Kernel(run.model.attention, mesh, meshes.ROWS, ("tensor",)),
+        constrain=meshes.residual(mesh),
+        gather=meshes.table(mesh),
+        kernel=attention.Kernel(
+            run.model.attention, mesh, meshes.ROWS, ("tensor",), (meshes.CONTEXT,)
+        ),
     )
 
 
@@ -287,12 +287,14 @@ def check_sides(pairs: encode.EncodedPairs, key: str, otherwise: str = "") -> No
 
 def row_shape(run: config.Run, lengths_N2: np.ndarray, mesh: jax.sharding.Mesh) -> steps.Shape:
     """The static shape of a run's rows, a multiple of what the mesh and accumulation divide by."""
-    return steps.shape(
+    found = steps.shape(
         lengths_N2,
         batch_pairs=min(run.train.batch_pairs, len(lengths_N2)),
         packing=run.data.packing,
         rows_multiple=meshes.row_multiple(mesh) * run.train.accumulate,
     )
+    unit = meshes.token_multiple(mesh)
+    return found._replace(row_length=-(-found.row_length // unit) * unit)
 
 
 def make_score_fn(run: config.Run, loss: losses.Loss) -> step.ScoreFn:

@@ -20,14 +20,14 @@ KERNELS = {
 
 
 @functools.cache
-def visible(layout: str) -> attention.Visible:
+def visible(layout: str, length: int = LENGTH) -> attention.Visible:
     """Rows of segments with padding at the end; or of chosen reversed, prompt, rejected."""
     rng = np.random.default_rng(3)
-    first = np.tile(np.arange(LENGTH), (ROWS, 1))
+    first = np.tile(np.arange(length), (ROWS, 1))
     last, position = first.copy(), np.zeros_like(first)
     for r in range(ROWS):
         at = 0
-        while at < LENGTH - 60:
+        while at < length - 60:
             chosen, prompt, rejected = rng.integers(1, 20, 3)
             if layout == "segments":
                 chosen = 0
@@ -43,11 +43,11 @@ def visible(layout: str) -> attention.Visible:
     return attention.Visible(*arrays)
 
 
-def inputs(dtype=jnp.float32, rows=ROWS):
+def inputs(dtype=jnp.float32, rows=ROWS, length=LENGTH):
     keys = jax.random.split(jax.random.key(0), 4)
-    shapes = [(rows, LENGTH, heads, WIDTH) for heads in (HEADS, GROUPS, GROUPS)]
+    shapes = [(rows, length, heads, WIDTH) for heads in (HEADS, GROUPS, GROUPS)]
     arrays = [jax.random.normal(k, s, dtype) for k, s in zip(keys, shapes, strict=False)]
-    return arrays, jax.random.normal(keys[3], (rows, LENGTH, HEADS * WIDTH), dtype)
+    return arrays, jax.random.normal(keys[3], (rows, length, HEADS * WIDTH), dtype)
 
 
 def with_gradients(kernel, seen, arrays, slope, **options):
@@ -92,19 +92,59 @@ def test_bfloat16_stays_within_its_rounding(name):
 
 @pytest.mark.parametrize("name", ["blocks", "splash", "triton"])
 def test_rows_and_heads_over_eight_devices(name):
+    check_over_eight_devices(name, {"fsdp": 4, "context": 1, "tensor": 2})
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("name", "sizes", "length"),
+    [
+        ("dense", (2, 4, 1), 256),
+        ("blocks", (2, 2, 2), 256),
+        ("blocks", (1, 8, 1), 256),
+        ("splash", (1, 2, 4), 256),  # 128 tokens on a device, the least that the TPU kernel takes
+    ],
+    ids=str,
+)
+def test_tokens_of_a_row_over_several_devices(name, layout, sizes, length):
+    sizes = dict(zip(("fsdp", "context", "tensor"), sizes, strict=True))
+    check_over_eight_devices(name, sizes, layout=layout, length=length)
+
+
+def test_a_window_reaches_over_the_border_between_devices():
+    sizes = {"fsdp": 1, "context": 4, "tensor": 2}
+    check_over_eight_devices("blocks", sizes, layout="segments", length=256, window=70)
+
+
+def test_gpu_kernels_refuse_rows_that_are_not_whole():
+    mesh = Mesh(np.array(jax.devices()).reshape(1, 8), ("fsdp", "context"))
+    kernel = attention.Kernel("triton", mesh, ("fsdp",), (), ("context",), interpret=True)
+    arrays, slope = inputs()
+    with pytest.raises(ValueError, match="takes whole rows"):
+        with_gradients(kernel, visible("segments"), arrays, slope)
+
+
+def check_over_eight_devices(name, sizes, *, layout="shared", length=LENGTH, rows=8, **options):
     mesh = Mesh(
-        np.array(jax.devices()).reshape(4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2
+        np.array(jax.devices()).reshape(tuple(sizes.values())),
+        tuple(sizes),
+        axis_types=(AxisType.Auto,) * 3,
     )
-    kernel = attention.Kernel(name, mesh, ("fsdp",), ("tensor",), interpret=True)
-    arrays, slope = inputs(rows=8)
-    seen = jax.tree.map(lambda x: jnp.tile(x, (4, 1)), visible("shared"))
-    wanted = with_gradients(attention.Kernel("dense"), seen, arrays, slope)
-    split = NamedSharding(mesh, PartitionSpec("fsdp", None, "tensor"))
+    kernel = attention.Kernel(
+        name, mesh, ("fsdp",), ("tensor",), ("context",), interpret=name != "dense"
+    )
+    rows = rows if length == LENGTH else 2
+    arrays, slope = inputs(rows=rows, length=length)
+    seen = jax.tree.map(lambda x: jnp.tile(x, (rows // ROWS, 1)), visible(layout, length))
+    wanted = with_gradients(attention.Kernel("dense"), seen, arrays, slope, **options)
+    part = "context" if sizes["context"] > 1 else None
+    split = NamedSharding(mesh, PartitionSpec("fsdp", part, "tensor"))
     found = with_gradients(
         kernel,
         jax.device_put(seen, NamedSharding(mesh, PartitionSpec("fsdp"))),
         jax.device_put(arrays, split),
         jax.device_put(slope, split),
+        **options,
     )
     for a, b in zip(found, wanted, strict=True):
         assert error(a, b) < 1e-6

@@ -176,6 +176,6 @@ def test_pairs_of_other_writers_are_half_kept_and_half_of_that_at_random():
         return chosen.keep, chosen.uniform_share
 
     assert found(rates) == (0.33, 0.0)
-    assert found({}) == found({}, name="random") == (0.5, 0.5)
+    assert found({}) == found({}, name="random") == (0.75, 0.5)
     assert found({}, name="gradient") == (0.33, 0.0)  # a published rule keeps what it ranks highest
     assert found({}, keep=0.2) == (0.2, 0.5)  # one that is set stays

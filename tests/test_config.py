@@ -168,7 +168,7 @@ def test_doubt_counts_where_the_policy_itself_wrote_the_pairs():
     assert config.settle_data(told, rates) == told
 
 
-def test_pairs_of_other_writers_are_half_kept_and_half_of_that_at_random():
+def test_of_pairs_of_other_writers_most_are_kept_and_half_of_them_by_chance():
     rates = {"pass_rate": np.array([0.5, 0.125])}
 
     def found(columns, **selection):

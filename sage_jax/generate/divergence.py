@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from sage_jax import logprobs
+from sage_jax import head, logprobs
 from sage_jax.generate import sampler
 
 
@@ -34,7 +34,7 @@ def _of_chunk(
 ) -> tuple[jax.Array, jax.Array]:
     def log_probs(hidden, head_DV, softcap):
         logits = jnp.matmul(hidden, head_DV, preferred_element_type=jnp.float32)
-        return jax.nn.log_softmax(logprobs.cap(logits, softcap), axis=-1)
+        return jax.nn.log_softmax(head.cap(logits, softcap), axis=-1)
 
     ours = log_probs(hidden, head_DV, softcaps[0])
     theirs = log_probs(ref_hidden, ref_head_DV, softcaps[1])
@@ -60,7 +60,7 @@ def token_kl(
         ref_hidden_BTD, ref_head_DV: those of the reference, over the same vocabulary.
         targets_BT: int32, the token that came next.
         chunk: positions at a time; None chooses by `logprobs.chunk_length`.
-        softcaps: bounds of the two models' logits, see `logprobs.cap`.
+        softcaps: bounds of the two models' logits, see `head.cap`.
 
     Returns:
         float32 [B, T]: KL(pi || pi_ref) over the vocabulary, and log pi - log pi_ref of the token.

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sage_jax import logprobs
+from sage_jax import head
 from sage_jax.generate import prompting
 
 Params = Any
@@ -129,7 +129,7 @@ def make_sampler(
 
         def next_token(hidden_BD: jax.Array, t: jax.Array | int, done_B: jax.Array) -> jax.Array:
             logits_BV = jnp.matmul(hidden_BD, head_DV, preferred_element_type=jnp.float32)
-            logits_BV = logprobs.cap(logits_BV, model.softcap)
+            logits_BV = head.cap(logits_BV, model.softcap)
             step_key_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, t)
             return jnp.where(done_B, 0, choose(logits_BV, step_key_B))
 
@@ -181,7 +181,7 @@ def _split_cache(cache: Any, rows: NamedSharding | None) -> Any:
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled(
+def compiled(
     model: Any,
     max_new_tokens: int,
     eos_id: tuple[int, ...],
@@ -189,7 +189,7 @@ def _compiled(
     top_p: float,
     rows: NamedSharding | None = None,
 ) -> Callable[..., Sampled]:
-    # Cached, so that evaluating every few hundred steps compiles once.
+    """The jitted sampler of `(params, tokens_BT, valid_BT, key data)`, once for each setting."""
     sample = make_sampler(
         model, max_new_tokens=max_new_tokens, eos_id=eos_id, temperature=temperature, top_p=top_p,
         rows=rows,
@@ -294,7 +294,7 @@ def generate(
     if samples < 1 or batch < 1:
         raise ValueError(f"samples={samples}, batch={batch}: both must be at least 1.")
     ends = prompting.end_ids(model, tokenizer)
-    run = _compiled(model, max_new_tokens, ends, float(temperature), float(top_p), rows)
+    run = compiled(model, max_new_tokens, ends, float(temperature), float(top_p), rows)
     ids = [prompting.encode_prompt(tokenizer, prompt) for prompt in prompts]
     total = len(prompts) * samples
     bits = np.asarray(jax.random.key_data(_sequence_keys(seed, len(prompts), samples)))

@@ -25,16 +25,21 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sage_jax import logprobs
-from sage_jax.models import attention, layers, moe
+from sage_jax import batch
+from sage_jax import head as heads
+from sage_jax.models import attention, attention_blocks, layers, moe
 from sage_jax.models import spec as spec_lib
 
 Params = Any  # nested dict of arrays
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 STORED = DTYPES | {"float16": jnp.float16}  # what weights may be written in
+_policies = jax.checkpoint_policies
 REMAT: dict[str, Any] = {
     "none": None,  # keep every intermediate
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep linear maps' outputs
+    "dots": _policies.save_from_both_policies(  # keep the outputs of linear maps and of attention
+        _policies.dots_with_no_batch_dims_saveable,
+        _policies.save_only_these_names(attention_blocks.SAVED),
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,  # keep the layer inputs only
 }
 
@@ -53,7 +58,7 @@ class Decoder(nn.Module):
     dtype: Any
     remat: str
     constrain: Callable[[jax.Array], jax.Array] | None
-    mesh: jax.sharding.Mesh | None
+    kernel: attention.Kernel
 
     @nn.compact
     def __call__(
@@ -88,7 +93,7 @@ class Decoder(nn.Module):
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
-        )(spec, self.dtype, keep, self.constrain, self.mesh, name="layers")
+        )(spec, self.dtype, keep, self.constrain, self.kernel, name="layers")
         length = tokens_BT.shape[1] if past is None else past[0].shape[2]
         turns = layers.rotation(spec, position_BT, long_BT)
         x_BTD, (own, balance) = stack(x_BTD, layers.kinds(spec, length), past, turns, seen, real_BT)
@@ -119,8 +124,9 @@ class Model:
         on CPU too, where storing every intermediate costs more than computing it) or "full".
       constrain: applied to the residual stream [R, T, D] after the embedding and after each layer;
         under a mesh, a function that calls `jax.lax.with_sharding_constraint`. None: nothing.
-      mesh: the mesh that rows and weights are split over, for what the partitioner cannot split by
-        itself (the experts of a mixture). None: one device, or nothing of the kind.
+      kernel: how attention is computed, and over which devices; experts run over the same.
+      gather: applied to the embedding, in the compute dtype, before tokens are looked up; under a
+        mesh, a function that says where it lies. None: nothing.
 
     >>> spec = spec_lib.ModelSpec(vocab=32, d_model=16, d_ff=32, layers=2, heads=2)
     >>> model = Model(spec)
@@ -133,7 +139,8 @@ class Model:
     dtype: str = "float32"
     remat: str = "dots"
     constrain: Callable[[jax.Array], jax.Array] | None = None
-    mesh: jax.sharding.Mesh | None = None
+    kernel: attention.Kernel = attention.AUTO
+    gather: Callable[[jax.Array], jax.Array] | None = None
 
     def __post_init__(self) -> None:
         for name, value, allowed in (("dtype", self.dtype, DTYPES), ("remat", self.remat, REMAT)):
@@ -142,7 +149,7 @@ class Model:
 
     @property
     def _module(self) -> Decoder:
-        return Decoder(self.spec, DTYPES[self.dtype], self.remat, self.constrain, self.mesh)
+        return Decoder(self.spec, DTYPES[self.dtype], self.remat, self.constrain, self.kernel)
 
     def init(self, key: jax.Array) -> Params:
         """Random float32 parameters.
@@ -154,13 +161,16 @@ class Model:
           The nested dict described at the top of this module; works under `jax.eval_shape`.
         """
         one = jnp.zeros((1, 1), jnp.int32)
-        model = dataclasses.replace(self, constrain=None, mesh=None)
+        model = dataclasses.replace(self, constrain=None, kernel=attention.Kernel("dense"))
         variables = model._module.init(key, one, one, attention.causal(one, one))
         return variables["params"]
 
     def _apply(
         self, params: Params, *args: Any, **kwargs: Any
     ) -> tuple[jax.Array, layers.KeyValue | None, moe.Balance | None]:
+        if self.gather is not None:
+            table = self.gather(params["embed"]["embedding"].astype(DTYPES[self.dtype]))
+            params = {**params, "embed": {**params["embed"], "embedding": table}}
         return self._module.apply({"params": params}, *args, **kwargs)  # type: ignore[return-value]
 
     def hidden(
@@ -169,6 +179,7 @@ class Model:
         tokens_RT: jax.Array,
         position_RT: jax.Array,
         segment_RT: jax.Array,
+        shared: batch.Shared | None = None,
     ) -> jax.Array:
         """Final-normed hidden states of packed rows.
 
@@ -177,11 +188,14 @@ class Model:
           tokens_RT: int32 [R, T], token ids.
           position_RT: int32 [R, T], position of each token inside its sequence.
           segment_RT: int32 [R, T], 0 = padding; a token sees earlier tokens of its own segment.
+          shared: what each token sees in rows with shared prompts; None: as `segment_RT` says.
 
         Returns:
-          [R, T, D] in the compute dtype; finite but meaningless at padding.
+          [R, T, D] in the compute dtype; finite but meaningless at padding. Where the rotary
+          factors depend on the length of a sequence (longrope), two answers that share their prompt
+          take those of the longer one.
         """
-        return self._rows(params, tokens_RT, position_RT, segment_RT)[0]
+        return self._rows(params, tokens_RT, position_RT, segment_RT, shared)[0]
 
     def hidden_and_penalty(
         self,
@@ -189,6 +203,7 @@ class Model:
         tokens_RT: jax.Array,
         position_RT: jax.Array,
         segment_RT: jax.Array,
+        shared: batch.Shared | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """`hidden`, and the load-balancing loss of a mixture of experts over the real tokens.
 
@@ -204,7 +219,7 @@ class Model:
                 f"`hidden`."
             )
         hidden_RTD, _, balance = self._rows(
-            params, tokens_RT, position_RT, segment_RT, real_BT=segment_RT > 0
+            params, tokens_RT, position_RT, segment_RT, shared, real_BT=segment_RT > 0
         )
         assert balance is not None
         return hidden_RTD, moe.balance_loss(balance)
@@ -215,12 +230,18 @@ class Model:
         tokens_RT: jax.Array,
         position_RT: jax.Array,
         segment_RT: jax.Array,
+        shared: batch.Shared | None,
         **kwargs: Any,
     ) -> tuple[jax.Array, layers.KeyValue | None, moe.Balance | None]:
-        seen = attention.causal(segment_RT, position_RT)
+        seen, together_RT = attention.causal(segment_RT, position_RT), segment_RT
+        if shared is not None:
+            first_RT, last_RT = jnp.asarray(shared.first_RT), jnp.asarray(shared.last_RT)
+            ahead_RT = jax.lax.cummax(last_RT, axis=1)
+            seen = attention.Visible(first_RT, last_RT, seen.position_RT, ahead_RT)
+            together_RT = (segment_RT + 1) // 2  # both sides of a pair
         long_RT: jax.Array | bool = False
         if self._context < tokens_RT.shape[1]:
-            long_RT = _longest(position_RT, segment_RT) >= self._context
+            long_RT = _longest(position_RT, together_RT) >= self._context
         return self._apply(params, tokens_RT, position_RT, seen, long_BT=long_RT, **kwargs)
 
     @property
@@ -230,6 +251,11 @@ class Model:
         if scaling is None or scaling.kind != "longrope":
             return math.inf
         return scaling.original_max_positions
+
+    @property
+    def softcap(self) -> float:
+        """What the output logits are capped by, see `head.cap`; 0 = not at all."""
+        return self.spec.final_softcap
 
     def head(self, params: Params) -> jax.Array:
         """The output matrix [D, V] in the compute dtype; logits are `hidden @ head`."""
@@ -250,12 +276,7 @@ class Model:
         position_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
         hidden_BTD = self.hidden(params, tokens_BT, position_BT, jnp.ones_like(tokens_BT))
         logits = jnp.matmul(hidden_BTD, self.head(params), preferred_element_type=jnp.float32)
-        return logprobs.cap(logits, self.softcap)
-
-    @property
-    def softcap(self) -> float:
-        """What the output logits are capped by, see `logprobs.cap`; 0 = not at all."""
-        return self.spec.final_softcap
+        return heads.cap(logits, self.softcap)
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """An empty key-value cache for `batch` sequences of up to `length` tokens.
@@ -364,13 +385,15 @@ class Model:
         return linear + attention + head
 
 
-def _longest(position_RT: jax.Array, segment_RT: jax.Array) -> jax.Array:
-    """The last position of the segment that each token belongs to, [R, T]."""
-    behind_RT = jnp.pad(segment_RT, ((0, 0), (0, 1)), constant_values=-1)[:, 1:]
-    ends = segment_RT != behind_RT
-    index_RT = jnp.broadcast_to(jnp.arange(segment_RT.shape[1]), segment_RT.shape)
-    last_RT = jax.lax.cummin(jnp.where(ends, index_RT, segment_RT.shape[1]), axis=1, reverse=True)
-    return jnp.take_along_axis(position_RT, last_RT, axis=1)
+def _longest(position_RT: jax.Array, together_RT: jax.Array) -> jax.Array:
+    """The largest position among the tokens of the same number in the row, [R, T]."""
+    position_RT, together_RT = jnp.asarray(position_RT), jnp.asarray(together_RT)
+    count = position_RT.shape[1] + 1
+
+    def one(position_T: jax.Array, together_T: jax.Array) -> jax.Array:
+        return jax.ops.segment_max(position_T, together_T, num_segments=count)[together_T]
+
+    return jax.vmap(one)(position_RT, together_RT)
 
 
 def _write(cache: Cache, own: layers.KeyValue | None, slot: jax.Array | int) -> Cache:

@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sage_jax import logprobs
+from sage_jax import head
 from sage_jax.models import attention, lora, moe, rope
 from sage_jax.models import spec as spec_lib
 
@@ -143,7 +143,7 @@ def attend_cached(
         mask_BC &= (behind_BC < window) | (jnp.asarray(window) == 0)
 
     def logits(key: jax.Array) -> jax.Array:
-        return logprobs.cap(
+        return head.cap(
             jnp.einsum("bghe,bcge->bghc", q, key, preferred_element_type=jnp.float32), softcap
         )
 
@@ -217,6 +217,7 @@ class Attention(nn.Module):
 
     spec: spec_lib.ModelSpec
     dtype: Any
+    kernel: attention.Kernel
 
     @nn.compact
     def __call__(
@@ -264,7 +265,8 @@ class Attention(nn.Module):
             windows = window_choices(spec, q_BTHE.shape[1])
             # A branch for each window, which kernels want static; the scan takes one a layer.
             branches: list[Callable[..., jax.Array]] = [
-                functools.partial(attention.attend, window=window, **common) for window in windows
+                functools.partial(attention.attend, window=window, kernel=self.kernel, **common)
+                for window in windows
             ]
             if len(branches) == 1:
                 return branches[0](q_BTHE, *own, seen)
@@ -303,7 +305,7 @@ class Block(nn.Module):
     dtype: Any
     keep: bool
     constrain: Callable[[jax.Array], jax.Array] | None
-    mesh: jax.sharding.Mesh | None
+    kernel: attention.Kernel
 
     @nn.compact
     def __call__(
@@ -323,12 +325,12 @@ class Block(nn.Module):
             return norm(spec, dtype, name)(x) if norms in (place, "both") else x
 
         entering = normed(x_BTD, "attention_norm", "before")
-        attend = Attention(spec, dtype, name="attention")
+        attend = Attention(spec, dtype, self.kernel, name="attention")
         attended, own = attend(entering, kind, rotation, seen, past)
         x_BTD = x_BTD + normed(attended, "attention_post_norm", "after")
         entering = normed(x_BTD, "mlp_norm", "before")
         if spec.experts:
-            out, balance = moe.Experts(spec, dtype, self.mesh, name="mlp")(entering, real_BT)
+            out, balance = moe.Experts(spec, dtype, self.kernel, name="mlp")(entering, real_BT)
         else:
             out = MLP(spec, dtype, name="mlp")(entering)
         x_BTD = x_BTD + normed(out, "mlp_post_norm", "after")

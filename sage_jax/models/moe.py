@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from sage_jax.models import attention
 from sage_jax.models import spec as spec_lib
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -92,21 +93,24 @@ def mix(
     return jnp.einsum("nkd,nk->nd", out_NKD, weight_NK.astype(x_ND.dtype))
 
 
-def _over_devices(mix_fn: Callable[..., jax.Array], mesh: jax.sharding.Mesh) -> Callable:
-    """`mix_fn` on the rows that each device holds; the experts' width is split over `tensor`.
+def _over_devices(
+    mix_fn: Callable[..., jax.Array], place: attention.Kernel, context: bool
+) -> Callable[..., jax.Array]:
+    """`mix_fn` on the tokens that each device holds; the experts' width is split like heads.
 
     Left to the partitioner, the sort would gather the tokens of all devices on each.
     """
-    rows = P(("data", "fsdp"), None, None)
+    tokens = P(place.rows, place.context if context else None, None)
+    wide = place.heads
 
-    def own(x_RTD: jax.Array, *rest: jax.Array) -> jax.Array:
-        return jax.lax.psum(mix_fn(x_RTD, *rest), "tensor")
+    def own(*args: jax.Array) -> jax.Array:
+        return jax.lax.psum(mix_fn(*args), wide) if wide else mix_fn(*args)
 
     return jax.shard_map(
         own,
-        mesh=mesh,
-        in_specs=(rows, rows, rows, *(P(None, None, "tensor"),) * 2, P(None, "tensor", None)),
-        out_specs=rows,
+        mesh=place.mesh,
+        in_specs=(*(tokens,) * 3, *(P(None, None, wide),) * 2, P(None, wide, None)),
+        out_specs=tokens,
     )
 
 
@@ -115,7 +119,9 @@ class Experts(nn.Module):
 
     spec: spec_lib.ModelSpec
     dtype: Any
-    mesh: jax.sharding.Mesh | None = None
+    place: attention.Kernel = (
+        attention.AUTO
+    )  # over which devices rows, tokens and weights are spread
 
     @nn.compact
     def __call__(
@@ -133,9 +139,12 @@ class Experts(nn.Module):
             flat = [v.reshape(-1, v.shape[-1]) for v in (x, weight, choice)]
             return mix(*flat, *kernels, activation=spec.activation).reshape(x.shape)
 
-        run = by_rows
-        if self.mesh is not None and self._divides(x_BTD.shape[0]):
-            run = _over_devices(by_rows, self.mesh)
+        run, place = by_rows, self.place
+        rows, length, _ = x_BTD.shape
+        if place.mesh is not None and not (
+            rows % place.size(place.rows) or spec.d_ff % place.size(place.heads)
+        ):
+            run = _over_devices(by_rows, place, length % place.size(place.context) == 0)
         out = run(x_BTD, weight_BTK, choice_BTK, *kernels)
         if real_BT is None:
             return out, None
@@ -144,11 +153,6 @@ class Experts(nn.Module):
         return out, Balance(
             jnp.sum(chosen * real, (0, 1)), jnp.sum(probability * real, (0, 1)), jnp.sum(real)
         )
-
-    def _divides(self, rows: int) -> bool:
-        assert self.mesh is not None
-        shape = self.mesh.shape
-        return not (rows % (shape["data"] * shape["fsdp"]) or self.spec.d_ff % shape["tensor"])
 
 
 class _Kernels(nn.Module):

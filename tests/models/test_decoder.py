@@ -350,7 +350,7 @@ def test_load_balance_is_that_of_the_switch_transformer():
     x = params["embed"]["embedding"][row[0]]
     seen, turns = attention.causal(row[2], row[1]), layers.rotation(model.spec, row[1])
     kinds = layers.kinds(model.spec, 20)
-    block = layers.Block(model.spec, jnp.float32, False, None, None)
+    block = layers.Block(model.spec, jnp.float32, False, None, attention.AUTO)
     with nn.intercept_methods(watch):
         for layer in range(2):
             own = jax.tree.map(lambda leaf: leaf[layer], params["layers"])  # noqa: B023
@@ -373,9 +373,10 @@ def test_load_balance_is_that_of_the_switch_transformer():
 def test_experts_on_eight_devices_equal_those_on_one():
     model = models.Model(SPECS["mixtral"])
     params = _random_params(model)
-    mesh = meshes.make_mesh(2, 2, 2)
+    mesh = meshes.make_mesh(data=1, fsdp=2, tensor=2, context=2)
     row = [np.repeat(x, 8, axis=0) for x in _pack(_sequences([9, 7]), 16)]
-    spread = dataclasses.replace(model, mesh=mesh)
+    kernel = attention.Kernel("dense", mesh, meshes.ROWS, ("tensor",), (meshes.CONTEXT,))
+    spread = dataclasses.replace(model, kernel=kernel)
 
     def loss(model):
         def of(params, row):

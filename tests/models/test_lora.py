@@ -123,7 +123,7 @@ def test_gradients_reach_adapters_alone_and_decoding_uses_them(model, base):
 @pytest.mark.slow
 def test_sharded_adapters_compute_what_one_device_computes(model, base):
     kind = KINDS["dora"]
-    mesh = meshes.make_mesh(2, 2, 2)
+    mesh = meshes.make_mesh(data=2, fsdp=2, tensor=2)
     adapter = _moved(lora.init(jax.random.key(1), base, kind))
     placed = [jax.device_put(tree, meshes.shardings(tree, mesh)) for tree in (base, adapter)]
 

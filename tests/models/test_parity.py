@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import special
 
-from sage_jax import logprobs, models
+from sage_jax import head, models
 from sage_jax.models import tensors
 
 TOLERANCE = 2e-4
@@ -44,7 +44,7 @@ def test_packed_sequences_have_the_logits_that_transformers_gives_them_alone(
     @jax.jit
     def logits(params, row):
         out = jnp.matmul(model.hidden(params, *row), model.head(params))
-        return logprobs.cap(out, model.softcap)
+        return head.cap(out, model.softcap)
 
     found = logits(params, row)[0]
     for number in range(2):

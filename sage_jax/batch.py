@@ -25,6 +25,19 @@ Array = jax.Array | np.ndarray
 CHOSEN, REJECTED = 0, 1
 
 
+class Shared(NamedTuple):
+    """Of rows in which both completions of a pair share one prompt; int32 [R, T], index in the row.
+
+    A pair lies there as [chosen reversed | prompt | rejected]. So what a token sees is one range: a
+    chosen token sees from itself to the prompt's end, the others from the prompt's start to
+    themselves. The prompt carries the segment of the chosen side.
+    """
+
+    first_RT: Array  # the first token that a token sees
+    last_RT: Array  # the last one
+    source_RT: Array  # the token whose hidden state predicts it; 0 where it does not count
+
+
 class PackedBatch(NamedTuple):
     """Rows of packed pairs; every leaf has the row axis first, so one sharding rule serves all."""
 
@@ -35,6 +48,7 @@ class PackedBatch(NamedTuple):
     pair_RS: Array  # int32, index of the pair in the data set, -1 = empty slot
     ref_logps_RS2: Array  # float32, reference log-probabilities in nats, summed over tokens
     weight_RS: Array  # float32, weight of the pair in the loss, 0 for empty slots
+    shared: Shared | None = None  # None: each sequence has its own prompt and lies in order
 
 
 def segment_id(slot: int, side: int) -> int:

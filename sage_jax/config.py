@@ -21,7 +21,8 @@ from sage_jax import losses, noise, rules, scores
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    path: str = ""  # Hugging Face directory, .gguf file, "package:NAME", or "new" (from scratch)
+    path: str = ""  # Hugging Face directory, .gguf file, "package:NAME", or "new" (from scratch);
+    # for sage-jax compile also "spec:NAME", an architecture of models/catalog.py
     tokenizer: str = ""  # tokenizer directory; "" = the one beside the model
     dtype: str = "float32"  # of the matmuls inside the model: float32 or bfloat16
     # What the backward pass recomputes: "none", all but the "dots", "full" (least memory).
@@ -31,6 +32,9 @@ class Model:
     d_ff: int = 256
     heads: int = 4
     kv_heads: int = 2
+    # How attention is computed: auto (by platform and length of the rows), dense, blocks, triton
+    # (NVIDIA), tokamax (NVIDIA, a package of its own) or splash (TPU).
+    attention: str = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +76,7 @@ class Selection:
     name: str = "sage"  # see rules.RULES, or "module:function"; "uniform" trains on all drawn
     column: str = ""  # data column that dual_margin, rho, implicit_gap, easy_half read; "" = none
     keep: float = -1.0  # share of the pool that is trained on ("uniform": all of it); -1 = 0.33,
-    # but 0.5 where sage meets pairs without the pass_rate that sage-jax sample gives the policy's
+    # but 0.75 where sage meets pairs without the pass_rate that sage-jax sample gives the policy's
     # own answers: those all teach something
     uniform_share: float = -1.0  # share of the kept pairs drawn uniformly, whatever their score;
     # -1 = 0, but 0.5 for sage and pairs without a pass_rate
@@ -177,6 +181,7 @@ class Mesh:
     data: int = -1  # devices that split the batch; -1 = the rest, here or of one other axis
     fsdp: int = 1  # devices that split batch and parameters
     tensor: int = 1  # devices that split heads and channels
+    context: int = 1  # devices that split the tokens of a row, for long ones
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,11 +238,12 @@ RESUMABLE = (
 POOL_BATCHES = 16  # curriculum.pool_size, for a rule that reads scores
 REFRESH = 3 / 16  # selection.refresh, for such a rule: three of these batches
 ON_POLICY = {"kappa": 2.0, "keep": 0.33, "uniform_share": 0.0}  # selection.*, with a pass_rate
-OTHERS = {"kappa": 0.0, "keep": 0.5, "uniform_share": 0.5}  # and without
+OTHERS = {"kappa": 0.0, "keep": 0.75, "uniform_share": 0.5}  # and without
 
 _CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
+    "model.attention": ("auto", "dense", "blocks", "triton", "tokamax", "splash"),
     "export.dtype": ("float32", "bfloat16"),
     "data.on_bad_row": ("error", "skip"),
     "loss.name": tuple(losses.LOSSES),
@@ -649,9 +655,10 @@ def settle_data(run: Run, columns: Mapping[str, Any]) -> Run:
 
     Pairs made of the policy's own answers carry its `pass_rate`. There the tokens' doubt says which
     errors are chance, and some pairs teach much more than others. Where the chosen answers come
-    from elsewhere, doubt says less than the margin itself, and every pair teaches something: half
-    of them at random did better there (benchmarks/results/selection). That is for `sage`, and for
-    `random` beside it; other rules keep what they rank highest of any data.
+    from elsewhere, doubt says less than the margin itself, and every pair teaches something: three
+    quarters of a pool, half of them at random, were what lost to plain DPO on no task
+    (benchmarks/results/selection/exact_settings.md). That is for `sage`, and for `random` beside
+    it; other rules keep what they rank highest of any data.
 
     Args:
         run: the settings.

@@ -1,8 +1,6 @@
-"""Log-probabilities of packed completions, without ever holding logits for a whole row.
+"""Log-probabilities of packed completions, and their sums over each completion.
 
-The vocabulary matmul runs over chunks of tokens. A chunk's logits live only inside the chunk: the
-backward pass computes them again. Everything a step wants to know about a token (log-probability,
-entropy, argmax hit, mean logit) comes from that one matmul.
+Only completion tokens pass through the vocabulary matmul, in chunks; see `head`.
 """
 
 from __future__ import annotations
@@ -15,8 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from sage_jax import batch as batches
+from sage_jax import head
 
 Array = batches.Array
+MEMORY = head.Memory()
 LogpsFn = Callable[[Any, Any, batches.PackedBatch], "SequenceStats"]
 
 
@@ -32,61 +32,9 @@ class SequenceStats(NamedTuple):
     logit_norm: Array  # sum of ||onehot(y) - softmax||^2, 0 unless asked for
 
 
-class TokenStats(NamedTuple):
-    """The same quantities of single tokens: float32 [R, T], index t speaks of token t + 1."""
-
-    logp_RT: Array
-    entropy_RT: Array
-    mean_logit_RT: Array
-    hit_RT: Array
-    logit_norm_RT: Array
-
-
-def chunk_length(rows: int, length: int, vocabulary: int, budget_bytes: int = 2**26) -> int:
-    """Tokens of each row that one chunk holds, so that its float32 logits fit the budget.
-
-    Chunks cut the token axis only: the row axis stays sharded as it is.
-
-    Args:
-        rows: rows of the batch on one device.
-        length: tokens in a row.
-        vocabulary: size of the vocabulary.
-        budget_bytes: size of one [rows, chunk, vocabulary] float32 array.
-
-    Returns:
-        A chunk length between 1 and `length`, chunks as equal as possible.
-
-    >>> chunk_length(4, 1024, 49152), chunk_length(4, 128, 32)
-    (79, 128)
-    """
-    most = max(1, budget_bytes // (4 * rows * vocabulary))
-    return math.ceil(length / math.ceil(length / most))
-
-
-def _stats_of_chunk(
-    hidden: Array, head_DV: Array, targets: Array, logit_norm: bool, light: bool = False
-) -> TokenStats:
-    # float32 accumulation whatever the dtype of the matmul's inputs. Rows and tokens are merged for
-    # it: XLA's CPU backend contracts two axes slowly in the head's gradient. The sharded row axis
-    # stays the major one.
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    logits = jnp.matmul(flat, head_DV, preferred_element_type=jnp.float32)
-    logits = logits.reshape(*hidden.shape[:-1], -1)
-    lse = jax.nn.logsumexp(logits, axis=-1)
-    target_logit = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    logp = target_logit - lse
-
-    seen = jax.lax.stop_gradient(logits)  # what follows is reported, never differentiated
-    prob = jnp.exp(seen - jax.lax.stop_gradient(lse)[..., None])
-    norm = zero = jnp.zeros_like(lse)
-    if logit_norm:  # ||e_y - p||^2 = 1 - 2 p_y + sum p^2
-        norm = 1.0 - 2.0 * jnp.exp(jax.lax.stop_gradient(logp)) + jnp.sum(prob * prob, axis=-1)
-        norm = jax.lax.stop_gradient(norm)
-    if light:
-        return TokenStats(logp, zero, zero, zero, norm)
-    entropy = jax.lax.stop_gradient(lse) - jnp.sum(prob * seen, axis=-1)
-    hit = (seen.max(axis=-1) <= jax.lax.stop_gradient(target_logit)).astype(jnp.float32)
-    return TokenStats(logp, entropy, seen.mean(axis=-1), hit, norm)
+# `(hidden_RTD, targets_RT, segment_RT, mask_RT, head_DV) -> (TokenStats, segment_RT, mask_RT)`
+TokenFn = Callable[..., tuple[head.TokenStats, Array, Array]]
+TokenStats, chunk_length = head.TokenStats, head.chunk_length
 
 
 def token_stats(
@@ -96,6 +44,7 @@ def token_stats(
     *,
     chunk: int | None = None,
     logit_norm: bool = False,
+    memory: head.Memory = MEMORY,
 ) -> TokenStats:
     """Statistics of each target token under the model's next-token distribution.
 
@@ -105,6 +54,7 @@ def token_stats(
         targets_RT: int32, the token that position t is to predict.
         chunk: tokens of each row per chunk; None chooses by `chunk_length`.
         logit_norm: also compute the squared norm of the logit-space gradient.
+        memory: what the head may take on one device.
 
     Returns:
         TokenStats, float32 [R, T]. Only `logp_RT` carries a gradient.
@@ -114,26 +64,12 @@ def token_stats(
     >>> bool(jnp.allclose(stats.logp_RT, -jnp.log(8.0)))
     True
     """
-    rows, length, width = hidden_RTD.shape
-    chunk = chunk or chunk_length(rows, length, head_DV.shape[-1])
-    count = math.ceil(length / chunk)
-    if count == 1:
-        return _stats_of_chunk(hidden_RTD, head_DV, targets_RT, logit_norm)
-
-    fill = count * chunk - length
-    hidden = jnp.pad(hidden_RTD, ((0, 0), (0, fill), (0, 0)))
-    hidden = jnp.moveaxis(hidden.reshape(rows, count, chunk, width), 1, 0)
-    targets = jnp.pad(targets_RT, ((0, 0), (0, fill)))
-    targets = jnp.moveaxis(targets.reshape(rows, count, chunk), 1, 0)
-
-    @jax.checkpoint  # without it, the scan would keep every chunk's logits for the backward pass
-    def one(part):
-        return _stats_of_chunk(part[0], head_DV, part[1], logit_norm)
-
-    stacked = jax.lax.map(one, (hidden, targets))
-    return jax.tree.map(
-        lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, count * chunk)[:, :length], stacked
-    )
+    rows, length, _ = hidden_RTD.shape
+    vocabulary, itemsize = head_DV.shape[-1], jnp.dtype(hidden_RTD.dtype).itemsize
+    chunk = chunk or chunk_length(rows, length, vocabulary, memory.chunk)
+    keep = head.keeps(rows, length, vocabulary, itemsize, memory.kept)
+    settings = head.Settings(chunk, keep, logit_norm, light=False)
+    return head.stats(hidden_RTD, head_DV, targets_RT, length, settings)
 
 
 def completion_stats(
@@ -144,81 +80,95 @@ def completion_stats(
     *,
     chunk: int | None = None,
     logit_norm: bool = False,
-) -> tuple[TokenStats, Array]:
-    """What a score needs of the counted tokens, which alone pass through the vocabulary matmul.
+    light: bool = False,
+    joined: bool = False,
+    memory: head.Memory = MEMORY,
+) -> TokenStats:
+    """Statistics of the counted tokens, which alone pass through the vocabulary matmul.
 
     Each row's counted positions are gathered to its front, and the loop over chunks ends with the
-    fullest row: prompts and padding cost no head work, whatever share of the rows they are. The
-    number of chunks is known on the device only, so this is a forward pass without a gradient.
+    fullest row: prompts and padding cost no head work, whatever share of the rows they are.
 
     Args:
         hidden_RTD: final hidden states, float32 or bfloat16.
         head_DV: the output projection, same dtype as the hidden states.
         targets_RT: int32, the token that position t is to predict.
         mask_RT: float32, 1 where the target counts.
-        chunk: tokens of each row per chunk; None chooses at most an eighth of a row.
+        chunk: tokens of each row per chunk; None chooses at most a sixteenth of a row.
         logit_norm: also compute the squared norm of the logit-space gradient.
+        light: compute `logp_RT` and, if asked for, `logit_norm_RT` alone; the other fields are 0.
+        joined: gather over all rows at once. For rows that lie on one device: then no row's loop
+            waits for the fullest one.
+        memory: what the head may take on one device.
 
     Returns:
-        TokenStats, float32 [R, T], and the int32 [R, T] order of positions that they are in: the
-        counted ones first, each row's in their order. `logp_RT` and, if asked for,
-        `logit_norm_RT`; the other fields are 0, and so is everything after the counted tokens.
+        TokenStats, float32 [R, T], by position; 0 where the target does not count. Only `logp_RT`
+        carries a gradient.
 
     >>> hidden = jnp.ones((1, 4, 2)); head = jnp.zeros((2, 8)); mask = jnp.float32([[0, 1, 0, 1]])
-    >>> stats, order = completion_stats(hidden, head, jnp.zeros((1, 4), jnp.int32), mask, chunk=2)
-    >>> order.tolist(), jnp.round(jnp.exp(stats.logp_RT), 3).tolist()
-    ([[1, 3, 0, 2]], [[0.125, 0.125, 1.0, 1.0]])
+    >>> stats = completion_stats(hidden, head, jnp.zeros((1, 4), jnp.int32), mask, chunk=2)
+    >>> jnp.round(jnp.exp(stats.logp_RT), 3).tolist()
+    [[1.0, 0.125, 1.0, 0.125]]
     """
+    shape = targets_RT.shape
+    if joined:
+        hidden_RTD = hidden_RTD.reshape(1, -1, hidden_RTD.shape[-1])
+        targets_RT, mask_RT = targets_RT.reshape(1, -1), mask_RT.reshape(1, -1)
     rows, length, _ = hidden_RTD.shape
-    chunk = chunk or _completion_chunk(rows, length, head_DV.shape[-1])
-    count = math.ceil(length / chunk)
+    vocabulary, itemsize = head_DV.shape[-1], jnp.dtype(hidden_RTD.dtype).itemsize
+    settings = head.Settings(
+        chunk or _completion_chunk(rows, length, vocabulary, memory.chunk),
+        head.keeps(rows, length, vocabulary, itemsize, memory.kept),
+        logit_norm,
+        light,
+    )
     order_RT = jnp.argsort(mask_RT <= 0, axis=1, stable=True)
-    padded = jnp.pad(order_RT, ((0, 0), (0, count * chunk - length)))
-    fullest = jnp.max(jnp.sum(mask_RT > 0, axis=1))
+    found = head.stats(
+        jnp.take_along_axis(hidden_RTD, order_RT[..., None], 1),
+        head_DV,
+        jnp.take_along_axis(targets_RT, order_RT, 1),
+        jnp.max(jnp.sum(mask_RT > 0, axis=1)),
+        settings,
+    )
+    place_RT = jnp.argsort(order_RT, axis=1)
 
-    def one(i, found):
-        place = jax.lax.dynamic_slice_in_dim(padded, i * chunk, chunk, 1)
-        part = _stats_of_chunk(
-            jnp.take_along_axis(hidden_RTD, place[..., None], 1),
-            head_DV,
-            jnp.take_along_axis(targets_RT, place, 1),
-            logit_norm,
-            light=True,
-        )
-        return tuple(
-            jax.lax.dynamic_update_slice_in_dim(whole, new, i * chunk, 1)
-            for whole, new in zip(found, (part.logp_RT, part.logit_norm_RT), strict=True)
-        )
+    def by_position(x_RT: Array) -> Array:
+        # The last chunk reaches past the counted tokens of a row, into positions that do not count.
+        return jnp.where(mask_RT > 0, jnp.take_along_axis(x_RT, place_RT, 1), 0.0).reshape(shape)
 
-    zero = jnp.zeros((rows, count * chunk), jnp.float32)
-    logp, norm = jax.lax.fori_loop(0, (fullest + chunk - 1) // chunk, one, (zero, zero))
-    # The last chunk reaches past the counted tokens of a row, into positions that do not count.
-    counted_RT = jnp.take_along_axis(mask_RT, order_RT, 1) > 0
-    logp_RT, norm_RT = (jnp.where(counted_RT, x[:, :length], 0.0) for x in (logp, norm))
-    zero_RT = zero[:, :length]
-    return TokenStats(logp_RT, zero_RT, zero_RT, zero_RT, norm_RT), order_RT
+    return TokenStats(*(by_position(x) for x in found))
 
 
-def _completion_chunk(rows: int, length: int, vocabulary: int, least_bytes: int = 2**20) -> int:
+def _completion_chunk(
+    rows: int, length: int, vocabulary: int, budget_bytes: int, least_bytes: int = 2**20
+) -> int:
     """Tokens of each row that one chunk of completions holds.
 
     A pass ends with a whole chunk: fine ones waste little. Below a megabyte of logits the loop
     costs more than it saves.
     """
-    fine = max(math.ceil(length / 8), least_bytes // (4 * rows * vocabulary))
-    return min(chunk_length(rows, length, vocabulary), fine)
+    fine = max(math.ceil(length / 16), least_bytes // (4 * rows * vocabulary))
+    return min(chunk_length(rows, length, vocabulary, budget_bytes), fine)
+
+
+def predictors(hidden_RTD: Array, batch: batches.PackedBatch) -> Array:
+    """The hidden states that predict what `targets` says of each position, [R, T, D]."""
+    if batch.shared is None:
+        return hidden_RTD
+    return jnp.take_along_axis(hidden_RTD, jnp.asarray(batch.shared.source_RT)[..., None], 1)
 
 
 def targets(batch: batches.PackedBatch) -> tuple[Array, Array, Array]:
-    """Next-token targets of packed rows.
+    """Next-token targets of packed rows, in the places of the hidden states of `predictors`.
 
     Args:
         batch: packed rows.
 
     Returns:
-        targets_RT int32, the next token; segment_RT int32, the segment it belongs to, 0 where it
-        does not count (prompt, padding, another sequence, end of the row); mask_RT float32, 1
-        where it counts.
+        targets_RT int32, the token to predict: the next one, or with shared prompts, where a token
+        may be followed by two, the token of the place itself; segment_RT int32, the segment it
+        belongs to, 0 where it does not count (prompt, padding, another sequence, end of the row);
+        mask_RT float32, 1 where it counts.
 
     >>> rows = batches.empty(1, 4, 1)
     >>> rows = rows._replace(tokens_RT=jnp.array([[5, 6, 7, 0]]),
@@ -227,6 +177,10 @@ def targets(batch: batches.PackedBatch) -> tuple[Array, Array, Array]:
     >>> targets(rows)[2].tolist()
     [[1.0, 1.0, 0.0, 0.0]]
     """
+    if batch.shared is not None:
+        counts = jnp.asarray(batch.completion_RT)
+        segment_RT = jnp.where(counts, jnp.asarray(batch.segment_RT), 0)
+        return jnp.asarray(batch.tokens_RT), segment_RT, counts.astype(jnp.float32)
     following = [jnp.roll(jnp.asarray(x), -1, axis=1) for x in (batch.tokens_RT, batch.segment_RT)]
     counted = jnp.roll(jnp.asarray(batch.completion_RT), -1, axis=1)
     same = (following[1] == batch.segment_RT) & (following[1] > 0)
@@ -235,7 +189,24 @@ def targets(batch: batches.PackedBatch) -> tuple[Array, Array, Array]:
     return following[0], jnp.where(mask, following[1], 0), mask.astype(jnp.float32)
 
 
-def _segment_sums(values_RT: Array, segment_RT: Array, slots: int) -> Array:
+def segment_sums(values_RT: Array, segment_RT: Array, slots: int) -> Array:
+    """Sums over the tokens of each sequence.
+
+    Args:
+        values_RT: float32.
+        segment_RT: int32 segments of the tokens, 0 = in no sum.
+        slots: pair slots in a row, S.
+
+    Returns:
+        float32 [R, S, 2].
+
+    >>> segment_sums(jnp.array([[1.0, 2.0, 4.0]]), jnp.array([[0, 2, 2]]), 1).tolist()
+    [[[0.0, 6.0]]]
+    """
+    return _sums(values_RT, segment_RT, slots)[:, 1:].reshape(len(values_RT), slots, 2)
+
+
+def _sums(values_RT: Array, segment_RT: Array, slots: int) -> Array:
     """[R, 2S + 1] sums by segment; column 0 collects what does not count."""
 
     def one(values, segments):
@@ -269,7 +240,7 @@ def sequence_stats(tokens: TokenStats, segment_RT: Array, mask_RT: Array, slots:
         return sums[:, 1:].reshape(rows, slots, 2)
 
     def total(values_RT):
-        return _segment_sums(jnp.where(mask_RT > 0, values_RT, 0.0), segment_RT, slots)
+        return _sums(jnp.where(mask_RT > 0, values_RT, 0.0), segment_RT, slots)
 
     count = total(mask_RT)
     logps = total(tokens.logp_RT)
@@ -294,17 +265,26 @@ def make_logps_fn(
     chunk: int | None = None,
     logit_norm: bool = False,
     light: bool = False,
+    spread: Callable[[TokenFn], TokenFn] | None = None,
+    memory: head.Memory = MEMORY,
 ) -> LogpsFn:
     """Makes the function that every step takes, from a model's body and its output projection.
 
+    Only completion tokens pass through the head.
+
     Args:
         hidden_fn: `(params, frozen, batch) -> hidden_RTD`, the final hidden states. It has to
-            respect `segment_RT` (no attention across segments) and `position_RT`.
+            respect `segment_RT` (no attention across segments) and `position_RT`; and `shared`, if
+            it is given rows with shared prompts.
         head_fn: `(params, frozen) -> head_DV`.
-        chunk: tokens of each row per chunk of logits; None chooses by `chunk_length`.
+        chunk: tokens of each row per chunk of logits; None chooses.
         logit_norm: also compute the squared norm of the logit-space gradient.
-        light: for scoring: `entropy`, `mean_logit` and `hits` are not computed but 0, and only
-            completion tokens pass through the head. A forward pass without a gradient.
+        light: for scoring: `entropy`, `mean_logit` and `hits` are not computed but 0.
+        spread: gives the head to devices that share rows and tokens, such as a `jax.shard_map` of
+            the function over both: its arrays are [R, T, ...], and the head is last. Left to the
+            compiler, the head's gradient would be summed over devices once a chunk. None: one
+            device, or the compiler's choice.
+        memory: what the head may take on one device; with more of it, it computes less twice.
 
     Returns:
         A pure function `(params, frozen, batch) -> SequenceStats` of [R, S, 2] arrays.
@@ -313,29 +293,22 @@ def make_logps_fn(
     >>> fn(jnp.zeros((2, 8)), None, batches.empty(1, 4, 3)).logps.shape
     (1, 3, 2)
     """
+    joined = spread is not None or jax.device_count() == 1
+
+    def per_token(hidden_RTD, targets_RT, segment_RT, mask_RT, head_DV):
+        tokens = completion_stats(
+            hidden_RTD, head_DV, targets_RT, mask_RT,
+            chunk=chunk, logit_norm=logit_norm, light=light, joined=joined, memory=memory,
+        )  # fmt: skip
+        return tokens, segment_RT, mask_RT
+
+    per_token = per_token if spread is None else spread(per_token)
 
     def logps_fn(params, frozen, batch: batches.PackedBatch) -> SequenceStats:
-        targets_RT, segment_RT, mask_RT = targets(batch)
-        tokens = token_stats(
-            hidden_fn(params, frozen, batch),
-            head_fn(params, frozen),
-            targets_RT,
-            chunk=chunk,
-            logit_norm=logit_norm,
+        hidden_RTD = predictors(hidden_fn(params, frozen, batch), batch)
+        tokens, segment_RT, mask_RT = per_token(
+            hidden_RTD, *targets(batch), head_fn(params, frozen)
         )
         return sequence_stats(tokens, segment_RT, mask_RT, batch.pair_RS.shape[1])
 
-    def light_fn(params, frozen, batch: batches.PackedBatch) -> SequenceStats:
-        targets_RT, segment_RT, mask_RT = targets(batch)
-        tokens, order_RT = completion_stats(
-            hidden_fn(params, frozen, batch),
-            head_fn(params, frozen),
-            targets_RT,
-            mask_RT,
-            chunk=chunk,
-            logit_norm=logit_norm,
-        )
-        segment_RT, mask_RT = (jnp.take_along_axis(x, order_RT, 1) for x in (segment_RT, mask_RT))
-        return sequence_stats(tokens, segment_RT, mask_RT, batch.pair_RS.shape[1])
-
-    return light_fn if light else logps_fn
+    return logps_fn

@@ -106,9 +106,7 @@ def _pair_weight(batch: batches.PackedBatch, tokens_RS: Array | None) -> Array:
 
 def _chosen_tokens(batch: batches.PackedBatch) -> Array:
     _, segment_RT, mask_RT = logprobs.targets(batch)
-    slots = batch.pair_RS.shape[1]
-    chosen = jnp.stack([(segment_RT == batches.segment_id(s, 0)) for s in range(slots)], axis=1)
-    return jnp.einsum("rst,rt->rs", chosen.astype(jnp.float32), mask_RT)
+    return logprobs.segment_sums(mask_RT, segment_RT, batch.pair_RS.shape[1])[..., batches.CHOSEN]
 
 
 def pair_losses(

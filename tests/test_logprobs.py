@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from sage_jax import batch, logprobs
+from sage_jax import batch, head, logprobs
 
 R, T, S, D, V = 3, 24, 2, 8, 40
 
@@ -36,7 +37,7 @@ def weights(seed=0):
     return jnp.float32(rng.normal(size=(V, D))), jnp.float32(rng.normal(size=(D, V)))
 
 
-def logps_fn(chunk=None, logit_norm=False, light=False):
+def logps_fn(chunk=None, logit_norm=False, light=False, spread=None):
     """A model whose hidden state is its token's embedding plus its position."""
     return logprobs.make_logps_fn(
         lambda p, _, b: p[0][b.tokens_RT] + 0.1 * b.position_RT[..., None],
@@ -44,6 +45,7 @@ def logps_fn(chunk=None, logit_norm=False, light=False):
         chunk=chunk,
         logit_norm=logit_norm,
         light=light,
+        spread=spread,
     )
 
 
@@ -104,20 +106,75 @@ def test_the_light_path_of_rows_without_completions_is_zero():
     assert all(np.all(np.asarray(value) == 0) for value in empty)
 
 
-def test_the_light_path_spends_no_head_work_on_prompts():
+def test_no_head_work_is_spent_on_prompts():
     """The loop runs as many chunks as the fullest row has completion tokens, and no more."""
     rows, params, seen = packed(), weights(), []
-    hidden = np.asarray(params[0])[rows.tokens_RT]
+    hidden = jnp.asarray(params[0])[rows.tokens_RT]
     _, _, mask_RT = logprobs.targets(rows)
     with jax.disable_jit():  # the loop runs in Python: each chunk calls the matmul
         with pytest.MonkeyPatch.context() as patch:
-            one = logprobs._stats_of_chunk
-            patch.setattr(
-                logprobs, "_stats_of_chunk", lambda *a, **k: seen.append(a[0].shape) or one(*a, **k)
-            )
+            one = head._logits
+            patch.setattr(head, "_logits", lambda *a: seen.append(a[0].shape) or one(*a))
             logprobs.completion_stats(hidden, params[1], rows.tokens_RT, mask_RT, chunk=2)
     fullest = int(np.asarray(mask_RT).sum(axis=1).max())
     assert seen == [(R, 2, D)] * -(-fullest // 2) and 2 * len(seen) < T
+
+
+def whole(hidden, head_DV, targets, mask):
+    """Log-probabilities with all logits at once, differentiated by JAX."""
+    logits = jnp.matmul(hidden, head_DV, preferred_element_type=jnp.float32)
+    logp = jax.nn.log_softmax(logits)
+    return jnp.where(mask > 0, jnp.take_along_axis(logp, targets[..., None], -1)[..., 0], 0.0)
+
+
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("kept", [0, 2**20], ids=["again", "kept"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+def test_gradient_is_that_of_whole_logits(dtype, kept, joined):
+    rows, params = packed(), weights()
+    targets, _, mask = logprobs.targets(rows)
+    slope = jnp.float32(np.random.default_rng(1).normal(size=mask.shape))
+    hidden, head_DV = (jnp.asarray(x, dtype) for x in (params[0][rows.tokens_RT], params[1]))
+    exact = [x.astype(jnp.float32) for x in (hidden, head_DV)]
+    wanted = jax.grad(lambda *a: jnp.sum(whole(*a, targets, mask) * slope), (0, 1))(*exact)
+
+    def ours(*given):
+        memory = head.Memory(kept=kept)
+        found = logprobs.completion_stats(
+            *given, targets, mask, chunk=4, joined=joined, memory=memory
+        )
+        return jnp.sum(found.logp_RT * slope)
+
+    for a, b in zip(jax.jit(jax.grad(ours, (0, 1)))(hidden, head_DV), wanted, strict=True):
+        assert a.dtype == dtype
+        error = np.linalg.norm(np.float64(a) - np.float64(b)) / np.linalg.norm(np.float64(b))
+        assert error < (1e-6 if dtype == jnp.float32 else 1e-2)
+
+
+def test_head_over_eight_devices():
+    mesh = Mesh(np.array(jax.devices()), ("rows",), axis_types=(AxisType.Auto,))
+    rows = jax.tree.map(lambda x: np.concatenate([x] * 3 + [x[:1]] * 7), packed())  # 16 rows
+    params, spec = weights(), PartitionSpec("rows")
+
+    def spread(fn):
+        return jax.shard_map(
+            fn,
+            mesh=mesh,
+            in_specs=(spec,) * 4 + (PartitionSpec(),),
+            out_specs=spec,
+            check_vma=False,
+        )
+
+    def total(fn, params, rows):
+        stats = fn(params, None, rows)
+        return jnp.sum(stats.logps * jnp.arange(1.0, 1 + stats.logps.size).reshape(16, S, 2))
+
+    split = jax.device_put(rows, NamedSharding(mesh, spec))
+    wanted = jax.grad(lambda p: total(logps_fn(), p, rows))(params)
+    for fn in (logps_fn(), logps_fn(spread=spread)):
+        found = jax.jit(jax.grad(lambda p, b, fn=fn: total(fn, p, b)))(params, split)
+        for a, b in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-3)
 
 
 def test_gradient_does_not_depend_on_the_chunk_and_empty_slots_add_nothing():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -69,6 +70,24 @@ class EncodedPairs:
     def lengths_N2(self) -> np.ndarray:
         """int64 [N, 2], tokens of each sequence, prompt included."""
         return np.diff(self.offset).reshape(-1, 2)
+
+    @functools.cached_property
+    def common_N(self) -> np.ndarray:
+        """int64 [N], leading prompt tokens that both sides of a pair have in common."""
+        begin_N2 = self.offset[:-1].reshape(-1, 2)
+        most_N = self.start_N2.min(axis=1).astype(np.int64)
+        pair = np.repeat(np.arange(len(self)), most_N)
+        ends = np.cumsum(most_N)
+        at = np.arange(len(pair)) - np.repeat(ends - most_N, most_N)
+        differ = self.tokens[begin_N2[pair, 0] + at] != self.tokens[begin_N2[pair, 1] + at]
+        common_N = most_N.copy()
+        np.minimum.at(common_N, pair[differ], at[differ])
+        return common_N
+
+    def row_lengths(self, shared: bool) -> np.ndarray:
+        """int64 [N], tokens of each pair in a row, with its prompt once if `shared`."""
+        both_N = self.lengths_N2.sum(axis=1)
+        return both_N - self.common_N if shared else both_N
 
     def sequence(self, i: int, side: int) -> tuple[np.ndarray, int]:
         """Token ids (int32) of one side of pair i, and where its completion begins."""

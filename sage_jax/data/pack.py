@@ -1,10 +1,13 @@
 """Which pairs share a row: planned once per round from lengths, on the host, and the same on all.
 
-Both sides of a pair lie in one row, and every batch has one static shape.
+Both sides of a pair lie in one row. A run's batches have a few static shapes, which differ in the
+length of the rows: the pairs of a step are spread evenly over its rows, and the shortest length
+that holds them is taken.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,12 +19,22 @@ from sage_jax.data import encode
 SIMULATED_BATCHES = 200
 
 
-class RowShape(NamedTuple):
-    """The static shape of a batch."""
+LONG = 0  # among the factors of `shape`: as few rows as there may be, each as long as it takes
 
-    row_length: int  # tokens in a row
+
+class RowShape(NamedTuple):
+    """The static shapes of a run's batches."""
+
+    row_length: int  # tokens in a row, at most
     rows: int  # rows in a batch, over all processes
     slots: int  # most pairs in a row
+    sizes: tuple[int, ...] = ()  # the row lengths in use, ascending, row_length last; () = it alone
+
+
+def _each(lengths: np.ndarray) -> np.ndarray:
+    """Tokens of each pair in a row, from those or from the lengths of both sequences."""
+    lengths = np.asarray(lengths)
+    return lengths.sum(axis=1) if lengths.ndim == 2 else lengths
 
 
 def shape(
@@ -33,6 +46,7 @@ def shape(
     packing: bool = True,
     factors: Sequence[int] = (1,),
     overflow: float = 0.02,
+    sizes: int = 1,
 ) -> RowShape:
     """The batch shape that holds `batch_pairs` pairs drawn at random, nearly always.
 
@@ -41,14 +55,15 @@ def shape(
     `plan`, with fewer pairs.
 
     Args:
-      lengths_N2: integers [N, 2], tokens of each sequence.
+      lengths_N2: integers [N, 2], tokens of each sequence; or [N], tokens of each pair in a row.
       batch_pairs: pairs in a batch.
       multiple: rows are a multiple of this many tokens long.
       rows_multiple: the number of rows is a multiple of this: devices that share the row axis.
       packing: False gives each pair a row of its own.
       factors: row lengths to try, in longest pairs; the batch of fewest tokens wins. Attention
-        costs grow with the row, so long rows pay only where pairs are short or batches small.
+        costs of some kernels grow with the row; where they do not, `LONG` alone wastes least.
       overflow: share of random batches that may need more rows, in [0, 1).
+      sizes: row lengths in use, of `LONG` rows; each is a program to compile.
 
     Returns:
       The shape.
@@ -56,7 +71,7 @@ def shape(
     >>> shape(np.array([[10, 12], [3, 4], [4, 3], [5, 6]]), batch_pairs=2, packing=False)
     RowShape(row_length=24, rows=2, slots=1)
     """
-    length_N = np.asarray(lengths_N2).sum(axis=1)
+    length_N = _each(lengths_N2)
     if batch_pairs < 1 or len(length_N) == 0:
         raise ValueError(
             f"batch_pairs={batch_pairs} of {len(length_N)} pairs gives no batch; both must be >= 1."
@@ -69,10 +84,57 @@ def shape(
     drawn = [rng.choice(length_N, batch_pairs, replace=repeat) for _ in range(SIMULATED_BATCHES)]
     tried = []
     for factor in factors:
+        if factor == LONG:
+            tried.append(_long(drawn, longest, rows_multiple, sizes, float(length_N.mean())))
+            continue
         row_length = _round_up(factor * longest, multiple)
         rows, slots = _rows_needed(drawn, row_length, 1 - overflow)
         tried.append(RowShape(row_length, _round_up(rows, rows_multiple), slots))
     return min(tried, key=lambda found: (found.row_length * found.rows, found.row_length))
+
+
+def _long(
+    drawn: Sequence[np.ndarray], longest: int, rows: int, sizes: int, mean: float
+) -> RowShape:
+    """As few rows as there may be, and the row lengths that waste least on these batches."""
+    loads, slots = [], 1
+    for lengths in drawn:
+        placed = _balanced(lengths.tolist(), 2**62, rows, len(lengths))
+        load = np.zeros(rows, np.int64)
+        np.add.at(load, [row for row, _ in placed], lengths)
+        loads.append(_round_up(int(load.max()), _grain(int(load.max()))))
+        slots = max(slots, max(slot for _, slot in placed) + 1)
+    chosen = _levels(np.maximum(loads, _round_up(longest, _grain(longest))), sizes)
+    slots = max(slots, -(-int(1.5 * chosen[-1]) // max(int(mean), 1)))
+    return RowShape(chosen[-1], rows, slots, chosen if len(chosen) > 1 else ())
+
+
+def _grain(length: int) -> int:
+    """What a row length is a multiple of: kernels work in blocks."""
+    return 8 if length <= 256 else 64 if length <= 1024 else 128
+
+
+def _levels(loads: np.ndarray, count: int) -> tuple[int, ...]:
+    """The `count` lengths, the largest load among them, that hold loads with the least room left.
+
+    >>> _levels(np.array([1, 1, 9, 10]), 2)
+    (1, 10)
+    """
+    value, times = np.unique(loads, return_counts=True)
+    below = np.concatenate([[0], np.cumsum(times)])
+    n = len(value)
+    # best[i]: the least sum of lengths for the i smallest loads; path[i]: the levels that give it
+    best = np.concatenate([[0.0], np.full(n, np.inf)])
+    path: list[tuple[int, ...]] = [()] * (n + 1)
+    for _ in range(min(count, n)):
+        new, new_path = best.copy(), list(path)
+        for i in range(1, n + 1):
+            cost = best[:i] + value[i - 1] * (below[i] - below[:i])
+            j = int(cost.argmin())
+            if cost[j] < new[i]:
+                new[i], new_path[i] = cost[j], (*path[j], int(value[i - 1]))
+        best, path = new, new_path
+    return path[n]
 
 
 def _rows_needed(drawn: Sequence[np.ndarray], row_length: int, quantile: float) -> tuple[int, int]:
@@ -97,6 +159,7 @@ def plan(
     row_length: int,
     rows: int,
     slots: int,
+    sizes: Sequence[int] = (),
     batch_pairs: int | None = None,
 ) -> np.ndarray:
     """Places pairs in the rows of K batches.
@@ -107,11 +170,13 @@ def plan(
     every pair is placed and rows are filled as far as they go; the last batch has empty rows.
 
     Args:
-      lengths_N2: integers [N, 2], tokens of each sequence.
+      lengths_N2: integers [N, 2], tokens of each sequence; or [N], tokens of each pair in a row.
       order: indices of the pairs to place, int [P].
       row_length: tokens in a row.
       rows: rows in a batch (R).
       slots: most pairs in a row (S).
+      sizes: shorter row lengths, which `row_length` chooses from for each batch of the plan; the
+        plan is the same whatever they are, so a `RowShape` can be given whole.
       batch_pairs: pairs in a batch.
 
     Returns:
@@ -120,14 +185,17 @@ def plan(
     Raises:
       ValueError: if a pair is longer than a row, or the rows have fewer slots than a batch pairs.
 
-    Source: first-fit decreasing, as in bin packing (Johnson, 1973).
+    Rows of a batch are filled evenly, longest pair first (Graham, 1969); where that does not fit,
+    by first-fit decreasing (Johnson, 1973).
 
     >>> lengths = np.array([[4, 4], [2, 2], [2, 2]])
     >>> plan(lengths, [0, 1, 2], row_length=8, rows=2, slots=2, batch_pairs=3).tolist()
     [[[0, -1], [1, 2]]]
     """
+    if sizes and max(sizes) > row_length:
+        raise ValueError(f"sizes={tuple(sizes)} must not exceed row_length={row_length}.")
     pair_P = np.asarray(order, np.int64)
-    length_P = np.asarray(lengths_N2).sum(axis=1)[pair_P]
+    length_P = _each(lengths_N2)[pair_P]
     if len(pair_P) and length_P.max() > row_length:
         i = int(length_P.argmax())
         raise ValueError(
@@ -135,7 +203,7 @@ def plan(
             "fit into one row. Raise row_length or lower max_length."
         )
     if batch_pairs is None:
-        placed = _fill(length_P.tolist(), row_length, rows, slots)
+        placed = _evenly(length_P.tolist(), row_length, rows, slots)
     else:
         if not 1 <= batch_pairs <= rows * slots:
             raise ValueError(
@@ -157,6 +225,11 @@ def _batches(
     k = 0
     while len(length_P) - len(placed) >= batch_pairs:
         lengths = length_P[len(placed) : len(placed) + batch_pairs]
+        even = _balanced(lengths, row_length, rows, slots)
+        if even:
+            placed += [(k, *spot) for spot in even]
+            k += 1
+            continue
         longest_first = sorted(range(batch_pairs), key=lambda i: -lengths[i])
         found = _first_fit([lengths[i] for i in longest_first], row_length, rows, slots)
         if len(found) == batch_pairs:
@@ -166,6 +239,42 @@ def _batches(
             placed += [(k, *spot) for spot in _first_fit(lengths, row_length, rows, slots)]
         k += 1
     return placed
+
+
+def _balanced(
+    lengths: Sequence[int], row_length: int, rows: int, slots: int
+) -> list[tuple[int, int]]:
+    """Row and slot of each length, the longest first on the emptiest row; [] if they do not fit."""
+    heap = [(0, row) for row in range(rows)]
+    used = [0] * rows
+    placed = [(0, 0)] * len(lengths)
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not heap or heap[0][0] + lengths[i] > row_length:
+            return []
+        load, row = heap[0]
+        placed[i] = (row, used[row])
+        used[row] += 1
+        if used[row] < slots:
+            heapq.heapreplace(heap, (load + lengths[i], row))
+        else:
+            heapq.heappop(heap)
+    return placed
+
+
+def _evenly(
+    length_P: list[int], row_length: int, rows: int, slots: int
+) -> list[tuple[int, int, int]]:
+    """Places of all pairs in as few batches as hold them, spread evenly over these."""
+    if not length_P:
+        return []
+    least = max(-(-sum(length_P) // (rows * row_length)), -(-len(length_P) // (rows * slots)))
+    full = _fill(length_P, row_length, rows, slots)
+    for count in range(least, max(k for k, _, _ in full) + 1):
+        even = _balanced(length_P, row_length, count * rows, slots)
+        if even:
+            return [(row // rows, row % rows, slot) for row, slot in even]
+    even = _balanced(length_P, row_length, (max(k for k, _, _ in full) + 1) * rows, slots)
+    return [(row // rows, row % rows, slot) for row, slot in even] if even else full
 
 
 def _first_fit(
@@ -217,12 +326,30 @@ def _fill(
     return [(row // rows, row % rows, slot) for row, slot in spots]
 
 
+def row_length(pair_RS: np.ndarray, lengths_N2: np.ndarray, shape: RowShape) -> int:
+    """The shortest of a shape's row lengths that holds the pairs of a batch.
+
+    Args:
+      pair_RS: int [R, S], indices of pairs, -1 for an empty slot; all rows of the batch, so that
+        every process comes to the same length.
+      lengths_N2: as given to `plan`.
+      shape: the static shapes.
+
+    >>> row_length(np.array([[0, 1]]), np.array([3, 4]), RowShape(16, 1, 2, (8, 16)))
+    8
+    """
+    length_N = _each(lengths_N2)
+    most = int(np.where(pair_RS >= 0, length_N[pair_RS], 0).sum(axis=1).max())
+    return next((size for size in shape.sizes if size >= most), shape.row_length)
+
+
 def collate(
     encoded: encode.EncodedPairs,
     pair_RS: np.ndarray,
     row_length: int,
     ref_logps_N2: np.ndarray | None = None,
     weight_N: np.ndarray | None = None,
+    share: bool = False,
 ) -> batch.PackedBatch:
     """Builds the batch of one step of a plan.
 
@@ -232,6 +359,8 @@ def collate(
       row_length: tokens in a row.
       ref_logps_N2: float [N, 2], reference log-probabilities in nats; 0 if None.
       weight_N: float [N], weights of the pairs in the loss; 1 if None.
+      share: both completions of a pair share one prompt, see `batch.Shared`; the plan has to be
+        made with the lengths `encoded.row_lengths(True)`.
 
     Returns:
       A batch of numpy arrays.
@@ -239,17 +368,15 @@ def collate(
     rows, slots = pair_RS.shape
     out = batch.empty(rows, row_length, slots)
     tokens_RT, position_RT, segment_RT, completion_RT = (np.asarray(leaf) for leaf in out[:4])
-    for r in range(rows):
+    if share:
+        out = out._replace(shared=_shared(encoded, pair_RS, out))
+    for r in range(rows if not share else 0):
         at = 0
         for s in np.flatnonzero(pair_RS[r] >= 0).tolist():
             for side in (batch.CHOSEN, batch.REJECTED):
                 ids, start = encoded.sequence(int(pair_RS[r, s]), side)
                 end = at + len(ids)
-                if end > row_length:
-                    raise ValueError(
-                        f"row {r} of the plan needs {end} tokens or more, row_length={row_length}; "
-                        "plan and collate must be given the same row_length."
-                    )
+                _check_room(r, end, row_length)
                 tokens_RT[r, at:end] = ids
                 position_RT[r, at:end] = np.arange(len(ids))
                 segment_RT[r, at:end] = batch.segment_id(s, side)
@@ -267,17 +394,64 @@ def collate(
         pair_RS=pair_RS.astype(np.int32),
         ref_logps_RS2=np.where(filled[..., None], ref[index], 0).astype(np.float32),
         weight_RS=np.where(filled, weight[index], 0).astype(np.float32),
+        shared=out.shared,
     )
 
 
-def padding_fraction(pair_KRS: np.ndarray, lengths_N2: np.ndarray, row_length: int) -> float:
+def _check_room(row: int, end: int, row_length: int) -> None:
+    if end > row_length:
+        raise ValueError(
+            f"row {row} of the plan needs {end} tokens or more, row_length={row_length}; plan and "
+            "collate must be given the same row_length, and lengths with or without shared prompts."
+        )
+
+
+def _shared(
+    encoded: encode.EncodedPairs, pair_RS: np.ndarray, out: batch.PackedBatch
+) -> batch.Shared:
+    """Fills the tokens of rows that hold pairs as [chosen reversed | prompt | rejected]."""
+    tokens_RT, position_RT, segment_RT, completion_RT = (np.asarray(leaf) for leaf in out[:4])
+    row_length = tokens_RT.shape[1]
+    itself = np.tile(np.arange(row_length, dtype=np.int32), (len(pair_RS), 1))
+    first_RT, last_RT, source_RT = itself.copy(), itself.copy(), np.zeros_like(itself)
+    for r, s in np.argwhere(pair_RS >= 0).tolist():
+        i = int(pair_RS[r, s])
+        (chosen, start), (rejected, other) = (encoded.sequence(i, side) for side in (0, 1))
+        common = int(encoded.common_N[i])
+        begin = int(np.count_nonzero(segment_RT[r]))  # pairs lie side by side from the left
+        prompt = begin + len(chosen) - common
+        middle = prompt + common
+        end = middle + len(rejected) - common
+        _check_room(r, end, row_length)
+        left, right = slice(begin, prompt), slice(middle, end)
+        whole = slice(prompt, end)  # prompt and rejected answer, which lie in order
+        tokens_RT[r, left] = chosen[common:][::-1]
+        tokens_RT[r, prompt:middle] = chosen[:common]
+        tokens_RT[r, right] = rejected[common:]
+        position_RT[r, left] = np.arange(common, len(chosen))[::-1]
+        position_RT[r, whole] = np.arange(end - prompt)
+        segment_RT[r, begin:middle] = batch.segment_id(s, batch.CHOSEN)
+        segment_RT[r, right] = batch.segment_id(s, batch.REJECTED)
+        completion_RT[r, left] = position_RT[r, left] >= start
+        completion_RT[r, right] = position_RT[r, right] >= other
+        last_RT[r, left] = middle - 1
+        first_RT[r, whole] = prompt
+        # The token before a chosen one lies behind it; before the first lies the prompt's end.
+        before = np.where(position_RT[r, left] == common, middle - 1, itself[r, left] + 1)
+        source_RT[r, left] = np.where(completion_RT[r, left], before, 0)
+        source_RT[r, right] = np.where(completion_RT[r, right], itself[r, right] - 1, 0)
+    return batch.Shared(first_RT, last_RT, source_RT)
+
+
+def padding_fraction(pair_KRS: np.ndarray, lengths_N2: np.ndarray, shape: RowShape | int) -> float:
     """Share of the planned tokens that are padding, in [0, 1].
 
-    >>> padding_fraction(np.array([[[0, -1]]]), np.array([[2, 1]]), row_length=4)
+    >>> padding_fraction(np.array([[[0, -1]]]), np.array([[2, 1]]), 4)
     0.25
     """
-    rows = pair_KRS.size // max(pair_KRS.shape[-1], 1)
-    if rows == 0:
+    if isinstance(shape, int):
+        shape = RowShape(shape, pair_KRS.shape[1], pair_KRS.shape[2])
+    room = sum(row_length(pair_RS, lengths_N2, shape) for pair_RS in pair_KRS) * pair_KRS.shape[1]
+    if room == 0:
         return 0.0
-    length_N = np.asarray(lengths_N2).sum(axis=1)
-    return float(1 - length_N[pair_KRS[pair_KRS >= 0]].sum() / (rows * row_length))
+    return float(1 - _each(lengths_N2)[pair_KRS[pair_KRS >= 0]].sum() / room)

@@ -178,7 +178,7 @@ def _split_cache(cache: Any, rows: NamedSharding | None) -> Any:
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled(
+def compiled(
     model: Any,
     max_new_tokens: int,
     eos_id: tuple[int, ...],
@@ -186,7 +186,7 @@ def _compiled(
     top_p: float,
     rows: NamedSharding | None = None,
 ) -> Callable[..., Sampled]:
-    # Cached, so that evaluating every few hundred steps compiles once.
+    """The jitted sampler of `(params, tokens_BT, valid_BT, key data)`, once for each setting."""
     sample = make_sampler(
         model, max_new_tokens=max_new_tokens, eos_id=eos_id, temperature=temperature, top_p=top_p,
         rows=rows,
@@ -291,7 +291,7 @@ def generate(
     if samples < 1 or batch < 1:
         raise ValueError(f"samples={samples}, batch={batch}: both must be at least 1.")
     ends = prompting.end_ids(model, tokenizer)
-    run = _compiled(model, max_new_tokens, ends, float(temperature), float(top_p), rows)
+    run = compiled(model, max_new_tokens, ends, float(temperature), float(top_p), rows)
     ids = [prompting.encode_prompt(tokenizer, prompt) for prompt in prompts]
     total = len(prompts) * samples
     bits = np.asarray(jax.random.key_data(_sequence_keys(seed, len(prompts), samples)))

@@ -21,14 +21,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sage_jax.models import attention, layers
+from sage_jax import batch
+from sage_jax.models import attention, attention_blocks, layers
 from sage_jax.models import spec as spec_lib
 
 Params = Any  # nested dict of arrays
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+_policies = jax.checkpoint_policies
 REMAT: dict[str, Any] = {
     "none": None,  # keep every intermediate
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep linear maps' outputs
+    "dots": _policies.save_from_both_policies(  # keep the outputs of linear maps and of attention
+        _policies.dots_with_no_batch_dims_saveable,
+        _policies.save_only_these_names(attention_blocks.SAVED),
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,  # keep the layer inputs only
 }
 
@@ -47,6 +52,7 @@ class Decoder(nn.Module):
     dtype: Any
     remat: str
     constrain: Callable[[jax.Array], jax.Array] | None
+    kernel: attention.Kernel
 
     @nn.compact
     def __call__(
@@ -77,7 +83,7 @@ class Decoder(nn.Module):
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast),
-        )(spec, self.dtype, keep, self.constrain, name="layers")
+        )(spec, self.dtype, keep, self.constrain, self.kernel, name="layers")
         x_BTD, own = stack(x_BTD, past, layers.rotation(spec, position_BT), seen)
         if not spec.tied and self.is_initializing():
             _Head(spec, name="lm_head")()
@@ -106,6 +112,9 @@ class Model:
         on CPU too, where storing every intermediate costs more than computing it) or "full".
       constrain: applied to the residual stream [R, T, D] after the embedding and after each layer;
         under a mesh, a function that calls `jax.lax.with_sharding_constraint`. None: nothing.
+      kernel: how attention is computed, and over which devices.
+      gather: applied to the embedding, in the compute dtype, before tokens are looked up; under a
+        mesh, a function that says where it lies. None: nothing.
 
     >>> spec = spec_lib.ModelSpec(vocab=32, d_model=16, d_ff=32, layers=2, heads=2)
     >>> model = Model(spec)
@@ -118,6 +127,8 @@ class Model:
     dtype: str = "float32"
     remat: str = "dots"
     constrain: Callable[[jax.Array], jax.Array] | None = None
+    kernel: attention.Kernel = attention.AUTO
+    gather: Callable[[jax.Array], jax.Array] | None = None
 
     def __post_init__(self) -> None:
         for name, value, allowed in (("dtype", self.dtype, DTYPES), ("remat", self.remat, REMAT)):
@@ -126,7 +137,7 @@ class Model:
 
     @property
     def _module(self) -> Decoder:
-        return Decoder(self.spec, DTYPES[self.dtype], self.remat, self.constrain)
+        return Decoder(self.spec, DTYPES[self.dtype], self.remat, self.constrain, self.kernel)
 
     def init(self, key: jax.Array) -> Params:
         """Random float32 parameters.
@@ -138,11 +149,14 @@ class Model:
           The nested dict described at the top of this module; works under `jax.eval_shape`.
         """
         one = jnp.zeros((1, 1), jnp.int32)
-        model = dataclasses.replace(self, constrain=None)
+        model = dataclasses.replace(self, constrain=None, kernel=attention.Kernel("dense"))
         variables = model._module.init(key, one, one, attention.causal(one, one))
         return variables["params"]
 
     def _apply(self, params: Params, *args: Any) -> tuple[jax.Array, layers.KeyValue | None]:
+        if self.gather is not None:
+            table = self.gather(params["embed"]["embedding"].astype(DTYPES[self.dtype]))
+            params = {**params, "embed": {**params["embed"], "embedding": table}}
         return self._module.apply({"params": params}, *args)  # type: ignore[return-value]
 
     def hidden(
@@ -151,6 +165,7 @@ class Model:
         tokens_RT: jax.Array,
         position_RT: jax.Array,
         segment_RT: jax.Array,
+        shared: batch.Shared | None = None,
     ) -> jax.Array:
         """Final-normed hidden states of packed rows.
 
@@ -159,11 +174,16 @@ class Model:
           tokens_RT: int32 [R, T], token ids.
           position_RT: int32 [R, T], position of each token inside its sequence.
           segment_RT: int32 [R, T], 0 = padding; a token sees earlier tokens of its own segment.
+          shared: what each token sees in rows with shared prompts; None: as `segment_RT` says.
 
         Returns:
           [R, T, D] in the compute dtype; finite but meaningless at padding.
         """
         seen = attention.causal(segment_RT, position_RT)
+        if shared is not None:
+            first_RT, last_RT = jnp.asarray(shared.first_RT), jnp.asarray(shared.last_RT)
+            ahead_RT = jax.lax.cummax(last_RT, axis=1)
+            seen = attention.Visible(first_RT, last_RT, seen.position_RT, ahead_RT)
         hidden_RTD, _ = self._apply(params, tokens_RT, position_RT, seen)
         return hidden_RTD
 

@@ -144,6 +144,7 @@ class Attention(nn.Module):
 
     spec: spec_lib.ModelSpec
     dtype: Any
+    kernel: attention.Kernel
 
     @nn.compact
     def __call__(
@@ -160,7 +161,9 @@ class Attention(nn.Module):
         key = rotate(project("k", spec.kv_heads), rotation)
         value = project("v", spec.kv_heads)
         if isinstance(seen, attention.Visible):
-            out = attention.attend(q_BTHE, key, value, seen, scale=spec.head_dim**-0.5)
+            out = attention.attend(
+                q_BTHE, key, value, seen, scale=spec.head_dim**-0.5, kernel=self.kernel
+            )
         else:
             assert past is not None
             out = attend_cached(q_BTHE, past, (key, value), seen)
@@ -199,6 +202,7 @@ class Block(nn.Module):
     dtype: Any
     keep: bool
     constrain: Callable[[jax.Array], jax.Array] | None
+    kernel: attention.Kernel
 
     @nn.compact
     def __call__(
@@ -206,7 +210,8 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, KeyValue | None]:
         spec = self.spec
         normed = RMSNorm(spec.norm_eps, self.dtype, name="attention_norm")(x_BTD)
-        attended, own = Attention(spec, self.dtype, name="attention")(normed, rotation, seen, past)
+        attend = Attention(spec, self.dtype, self.kernel, name="attention")
+        attended, own = attend(normed, rotation, seen, past)
         x_BTD = x_BTD + attended
         normed = RMSNorm(spec.norm_eps, self.dtype, name="mlp_norm")(x_BTD)
         x_BTD = x_BTD + MLP(spec, self.dtype, name="mlp")(normed)

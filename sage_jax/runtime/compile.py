@@ -22,7 +22,7 @@ import numpy as np
 
 from sage_jax import batch, config
 from sage_jax.data import pack
-from sage_jax.models import decoder
+from sage_jax.models import catalog, decoder, hf, hf_config, sources, spec
 from sage_jax.runtime import chips, compile_report, hlo, programs, setup, state
 from sage_jax.runtime import mesh as meshes
 
@@ -120,9 +120,29 @@ def abstract_policy(run: config.Run, mesh: jax.sharding.Mesh) -> setup.Policy:
 
     `model.path` may be "spec:NAME", a directory of which only config.json is read, or "new".
     """
-    model = setup.build_model(run, setup.model_spec(run), mesh)
+    model = setup.on_mesh(run, decoder.Model(model_spec(run)), mesh)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     return setup.Policy(model, placed(shapes, meshes.shardings(shapes, mesh)), None, "", mesh)
+
+
+def model_spec(run: config.Run) -> spec.ModelSpec:
+    """The architecture of `model.path`, from a name, a config.json or the settings.
+
+    Raises:
+        ValueError: none of these is there.
+    """
+    path = run.model.path
+    named = catalog.named(path)
+    if named is not None:
+        return named
+    if path == "new" or not path:
+        return setup.new_spec(run, setup.load_tokenizer(run))
+    where = sources.resolve(path)
+    if (where / "config.json").is_file():
+        file = where / "config.json"
+        return hf_config.from_hf(hf.read_json(file), None, origin=str(file))
+    model, _ = hf.load(path)  # a GGUF file: its header alone has no reader of its own
+    return model.spec
 
 
 def placed(shapes: Any, shardings: Any) -> Any:
@@ -208,9 +228,10 @@ def make_step(name: str, run: config.Run, mesh: jax.sharding.Mesh) -> Lowered:
 def _sample_step(run: config.Run, policy: setup.Policy, mesh: jax.sharding.Mesh) -> Lowered:
     new = run.eval.max_new_tokens
     prompt = max(32, 1 << (max(run.data.max_length - new, 1).bit_length() - 1))
-    count = run.eval.batch
+    parts = meshes.row_multiple(mesh)
+    count = -(-run.eval.batch // parts) * parts
     program, arguments = programs.sampler(
-        run, policy, mesh, prompts=count, prompt_length=prompt, max_new_tokens=new
+        policy, prompts=count, prompt_length=prompt, max_new_tokens=new
     )
     lengths = np.full((count, 1), prompt + new)
     beside = device_bytes(state.abstract_state(run, policy.params, mesh))
@@ -246,7 +267,7 @@ def compile_step(lowered: Lowered, machine: Target) -> compile_report.StepReport
         used = _out_of_memory(str(e))
         if used is None:
             raise
-        return compile_report.too_large(lowered, machine, used, time.perf_counter() - start)
+        return compile_report.too_large(lowered, machine, used, time.perf_counter() - start, MARGIN)
     seconds = time.perf_counter() - start
     text = compiled.as_text()
     return compile_report.read(
@@ -256,6 +277,7 @@ def compile_step(lowered: Lowered, machine: Target) -> compile_report.StepReport
         memory=compiled.memory_analysis(),
         cost=compiled.cost_analysis() or {},
         totals=hlo.Program(text, unknown_trips=lowered.trips).totals(),
+        margin=MARGIN,
     )
 
 
@@ -343,7 +365,6 @@ def run_mode(
         if search:
             most, tried = largest(name, run, mesh, machine, found)
             found = dataclasses.replace(found, largest_batch=most, search_compilations=tried)
-        reports.append(found)
-    settings = setup.model_spec(run)
-    compile_report.show(run, machine, mesh, settings, reports, as_json=as_json)
+        reports.append(dataclasses.replace(found, changes=compile_report.changes(found, run, mesh)))
+    compile_report.show(run, machine, mesh, reports, as_json=as_json)
     return 0 if all(r.fits for r in reports) else 3

@@ -213,7 +213,7 @@ class Program:
                 channel = one.attribute(r"channel_id=(\d+)") if fused else None
                 sent[f"{found.kind} {channel}" if channel else f"{at.name} {one.name}"] = found
             if one.opcode == "custom-call":
-                cost = _custom_cost(one)
+                cost = _custom_cost(one) or _attention_cost(at, one)
                 if cost is not None:
                     flops += times * cost[0]
                 elif "kernel" in one.rest or "tpu_custom_call" in one.rest:
@@ -358,6 +358,26 @@ def _custom_cost(one: Instruction) -> tuple[float, float] | None:
         return None
     numbers = dict(re.findall(r'"(\w+)":"?(\d+)', found))
     return float(numbers.get("flops", 0)), float(numbers.get("bytes_accessed", 0))
+
+
+def _attention_cost(at: Computation, one: Instruction) -> tuple[float, float] | None:
+    """FLOPs of JAX's splash attention, which declares none; on the device that has most of them.
+
+    The kernels skip blocks above the diagonal. A device that holds some of a row's queries has, in
+    the worst place, all keys before its first query and half of those beside its own. The gradient
+    of queries takes three matrix products, that of keys and values four.
+    """
+    if "splash_m" not in one.name and "splash_m" not in one.source:
+        return None
+    arrays = [at.instructions[n].shapes[0] for n in one.operands if n in at.instructions]
+    arrays = [a.dims for a in arrays if len(a.dims) in (3, 4) and a.dtype in ("bf16", "f32")]
+    if len(arrays) < 2:
+        return None
+    *heads, queries, width = arrays[0]  # rows and heads, or one row's heads
+    pairs = math.prod(heads) * queries * (arrays[1][-2] - queries / 2)
+    which = f"{one.name} {one.source}"
+    products = 4 if "dkv" in which else 3 if "_dq" in which else 2
+    return 2.0 * width * pairs * products, 0.0
 
 
 def _collective(at: Computation, one: Instruction, times: float) -> Collective | None:
@@ -573,19 +593,31 @@ def _instruction(line: str) -> tuple[bool, Instruction] | None:
     return head.group(1) is not None, one
 
 
+def _joined(text: str) -> Iterator[str]:
+    """Lines, with the attributes of an instruction that go on in the next ones."""
+    held = ""
+    for line in text.splitlines():
+        if _LINE.match(line) or _HEAD.match(line) or line.rstrip() == "}" or not line:
+            if held:
+                yield held
+            held = line
+        else:
+            held += line
+    yield held
+
+
 def _parse(text: str) -> tuple[dict[str, Computation], str]:
     computations: dict[str, Computation] = {}
     entry, current = "", None
-    for line in text.splitlines():
+    for line in _joined(text):
         head = _HEAD.match(line)
         if head:
             current = Computation(head.group(2), {})
             computations[current.name] = current
             entry = current.name if head.group(1) else entry
+        elif line.rstrip() == "}":
+            current = None
         elif current is not None:
-            if line.startswith("}"):
-                current = None
-                continue
             found = _instruction(line)
             if found is not None:
                 is_root, one = found

@@ -1,8 +1,9 @@
 """Where arrays live: the device mesh and one table of rules for weights and optimizer state.
 
-The mesh always has the three axes `data`, `fsdp` and `tensor`, also on a single device, so that a
-program written for one device is the program for a pod. Rows of a batch are split over
-(`data`, `fsdp`); weights are split over `fsdp` and `tensor` and repeated over `data`.
+The mesh always has the axes `data`, `fsdp`, `context` and `tensor`, also on a single device, so
+that a program written for one device is the program for a pod. Rows of a batch are split over
+(`data`, `fsdp`), the tokens of a row over `context`; weights are split over `fsdp`, `context` and
+`tensor` and repeated over `data`.
 """
 
 from __future__ import annotations
@@ -21,9 +22,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 P = PartitionSpec
 Rules = Sequence[tuple[str, PartitionSpec]]
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "context", "tensor")
 ROWS = ("data", "fsdp")  # the mesh axes over which the rows of a batch are split
-RESIDUAL = P(ROWS, None, None)  # hidden_RTD between blocks; without it the batch is un-sharded
+CONTEXT = "context"  # the mesh axis over which the tokens of a row are split
+TOKENS = P(ROWS, CONTEXT)  # an array of [R, T]
+RESIDUAL = P(ROWS, CONTEXT, None)  # hidden_RTD between blocks; without it the batch is un-sharded
+WEIGHTS = ("fsdp", CONTEXT)  # the mesh axes that split weights without splitting their products
 
 # First match wins. The leading axis of everything under `layers` is the stacked layer, which is
 # never split: scan slices it on every device. An adapter's rank is small and stays whole; its other
@@ -31,18 +35,18 @@ RESIDUAL = P(ROWS, None, None)  # hidden_RTD between blocks; without it the batc
 RULES: Rules = (
     (r"norm", P()),
     (r"bias$", P()),
-    (r"lm_head/lora_a", P("fsdp", None)),
+    (r"lm_head/lora_a", P(WEIGHTS, None)),
     (r"lm_head/lora_b", P(None, "tensor")),
-    (r"lm_head", P("fsdp", "tensor")),  # [D, V]
+    (r"lm_head", P(WEIGHTS, "tensor")),  # [D, V]
     (r"embed/lora_a", P("tensor", None)),
-    (r"embed/lora_b", P(None, "fsdp")),
-    (r"embed", P("tensor", "fsdp")),  # [V, D]
-    (r"layers/.*/(q|k|v|gate|up)/lora_a", P(None, "fsdp", None)),
+    (r"embed/lora_b", P(None, WEIGHTS)),
+    (r"embed", P("tensor", WEIGHTS)),  # [V, D]
+    (r"layers/.*/(q|k|v|gate|up)/lora_a", P(None, WEIGHTS, None)),
     (r"layers/.*/(q|k|v|gate|up)/lora_b", P(None, None, "tensor")),
-    (r"layers/.*/(q|k|v|gate|up)/", P(None, "fsdp", "tensor")),
+    (r"layers/.*/(q|k|v|gate|up)/", P(None, WEIGHTS, "tensor")),
     (r"layers/.*/(o|down)/lora_a", P(None, "tensor", None)),
-    (r"layers/.*/(o|down)/lora_b", P(None, None, "fsdp")),
-    (r"layers/.*/(o|down)/", P(None, "tensor", "fsdp")),
+    (r"layers/.*/(o|down)/lora_b", P(None, None, WEIGHTS)),
+    (r"layers/.*/(o|down)/", P(None, "tensor", WEIGHTS)),
 )
 
 
@@ -50,9 +54,10 @@ def make_mesh(
     data: int = -1,
     fsdp: int = 1,
     tensor: int = 1,
+    context: int = 1,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """A mesh with the axes data, fsdp and tensor.
+    """A mesh with the axes data, fsdp, context and tensor.
 
     Args:
       data: copies of the weights, each with its own rows; -1 = all devices that are left.
@@ -68,10 +73,10 @@ def make_mesh(
         sizes is not the number of devices.
 
     >>> dict(make_mesh(devices=jax.devices()[:1]).shape)
-    {'data': 1, 'fsdp': 1, 'tensor': 1}
+    {'data': 1, 'fsdp': 1, 'context': 1, 'tensor': 1}
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = dict(zip(AXES, (data, fsdp, tensor), strict=True))
+    sizes = dict(zip(AXES, (data, fsdp, context, tensor), strict=True))
     for name, size in sizes.items():
         if size < 1 and size != -1:
             raise ValueError(
@@ -171,9 +176,56 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(ROWS))
 
 
-def residual_sharding(mesh: Mesh) -> NamedSharding:
-    """For `jax.lax.with_sharding_constraint` on hidden_RTD, once per block."""
-    return NamedSharding(mesh, RESIDUAL)
+def residual(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    """Says where hidden_RTD lies, once per block; a row that does not divide stays whole."""
+
+    def constrain(x_RTD: jax.Array) -> jax.Array:
+        whole = x_RTD.shape[1] % mesh.shape[CONTEXT]
+        spec = P(ROWS, None, None) if whole else RESIDUAL
+        return jax.lax.with_sharding_constraint(x_RTD, NamedSharding(mesh, spec))
+
+    return constrain
+
+
+def table(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    """Brings the embedding [V, D] together over all axes but `tensor`, before tokens are looked up.
+
+    Looked up in parts of its width, every token's channels would lie on other devices than the
+    token, and the compiler replicates the batch to change that.
+    """
+
+    def gather(table_VD: jax.Array) -> jax.Array:
+        whole = table_VD.shape[0] % mesh.shape["tensor"]
+        spec = P(None if whole else "tensor", None)
+        return jax.lax.with_sharding_constraint(table_VD, NamedSharding(mesh, spec))
+
+    return gather
+
+
+def spread(mesh: Mesh) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Runs a function of [R, T, ...] arrays on each device's own tokens, with the head whole.
+
+    For `logprobs.make_logps_fn`. Over `tensor` the head stays split as the compiler likes it.
+    """
+
+    def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
+        if mesh.size == 1:
+            return fn
+
+        def run(*arrays: jax.Array) -> Any:
+            *tokens, head_DV = arrays
+            return jax.shard_map(
+                fn,
+                mesh=mesh,
+                in_specs=(*[TOKENS] * len(tokens), P()),
+                out_specs=TOKENS,
+                axis_names={*ROWS, CONTEXT},
+                check_vma=False,
+            )(*tokens, head_DV)
+
+        return run
+
+    return wrap
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -188,6 +240,15 @@ def row_multiple(mesh: Mesh) -> int:
     1
     """
     return int(np.prod([mesh.shape[axis] for axis in ROWS]))
+
+
+def token_multiple(mesh: Mesh) -> int:
+    """The number of which the tokens of a row must be a multiple, so that `context` splits it.
+
+    Each device's part is a multiple of 128 tokens, what TPU kernels take at once.
+    """
+    parts = mesh.shape[CONTEXT]
+    return 128 * parts if parts > 1 else 1
 
 
 def local_rows(mesh: Mesh, rows: int) -> np.ndarray:
@@ -297,11 +358,13 @@ def _fit(name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> 
         )
     kept = []
     for dimension, axes in enumerate(spec):
-        parts = _parts(axes, mesh)
-        if shape[dimension] % parts:
-            _say_whole(name, shape, dimension, str(axes), parts)
-            axes = None
-        kept.append(axes)
+        fitted = axes
+        while shape[dimension] % _parts(fitted, mesh):
+            fitted = fitted[:-1] if isinstance(fitted, tuple) else None
+        if _parts(fitted, mesh) != _parts(axes, mesh):
+            where = "split over fewer" if _parts(fitted, mesh) > 1 else "left whole"
+            _say_less(name, shape, dimension, str(axes), _parts(axes, mesh), where)
+        kept.append(_short(fitted, mesh))
     return P(*kept)
 
 
@@ -310,9 +373,20 @@ def _parts(axes: Any, mesh: Mesh) -> int:
     return int(np.prod([mesh.shape[name] for name in names], dtype=int))
 
 
+def _short(axes: Any, mesh: Mesh) -> Any:
+    """The same split, without axes of one device at the end."""
+    if not isinstance(axes, tuple):
+        return axes
+    while len(axes) > 1 and mesh.shape[axes[-1]] == 1:
+        axes = axes[:-1]
+    return axes if len(axes) > 1 else (axes[0] if axes else None)
+
+
 @functools.cache  # once per leaf, however often shardings are asked for
-def _say_whole(name: str, shape: tuple[int, ...], dimension: int, axes: str, parts: int) -> None:
+def _say_less(
+    name: str, shape: tuple[int, ...], dimension: int, axes: str, parts: int, where: str
+) -> None:
     logging.getLogger(__name__).warning(
-        "%s: dimension %d of %s is not divisible by the %d devices of %s, so it is left whole.",
-        name, dimension, shape, parts, axes,
+        "%s: dimension %d of %s is not divisible by the %d devices of %s, so it is %s.",
+        name, dimension, shape, parts, axes, where,
     )  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from sage_jax import config, losses, selection, step
@@ -88,3 +89,32 @@ def stats_step(
         in_shardings=(meshes.shardings(policy.params, mesh), None, meshes.batch_sharding(mesh)),
         out_shardings=meshes.replicated(mesh),
     )
+
+
+def sampler(
+    policy: setup.Policy, *, prompts: int, prompt_length: int, max_new_tokens: int
+) -> tuple[Any, tuple[Any, ...]]:
+    """Greedy decoding of evaluations, and the shapes that it takes.
+
+    Args:
+        policy: the model, and its weights or their shapes.
+        prompts: decoded at a time.
+        prompt_length: tokens, padding counted.
+        max_new_tokens: of an answer.
+
+    Returns:
+        The jitted function and its abstract arguments.
+    """
+    from sage_jax.generate import sampler as samplers
+
+    ends = policy.model.spec.eos_ids or (0,)
+    program = samplers.compiled(policy.model, max_new_tokens, ends, 0.0, 1.0, policy.rows)
+    bits = jax.eval_shape(lambda: jax.random.key_data(jax.random.split(jax.random.key(0), prompts)))
+    shape = (prompts, prompt_length)
+    arguments = (
+        policy.params,
+        jax.ShapeDtypeStruct(shape, jnp.int32, sharding=policy.rows),
+        jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=policy.rows),
+        jax.ShapeDtypeStruct(bits.shape, bits.dtype, sharding=policy.rows),
+    )
+    return program, arguments

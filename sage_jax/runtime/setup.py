@@ -16,7 +16,7 @@ import numpy as np
 
 from sage_jax import config, logprobs, losses, scores, step
 from sage_jax.data import encode, steps
-from sage_jax.models import decoder
+from sage_jax.models import attention, decoder, spec
 from sage_jax.runtime import hosts
 from sage_jax.runtime import mesh as meshes
 
@@ -46,11 +46,12 @@ class Policy:
         model = dataclasses.replace(self.model, dtype=dtype or self.model.dtype)
         return logprobs.make_logps_fn(
             lambda params, _, b: model.hidden(
-                params, *map(jnp.asarray, (b.tokens_RT, b.position_RT, b.segment_RT))
+                params, *map(jnp.asarray, (b.tokens_RT, b.position_RT, b.segment_RT)), b.shared
             ),
             lambda params, _: model.head(params),
             logit_norm=logit_norm,
             light=light,
+            spread=None if self.mesh is None else meshes.spread(self.mesh),
         )
 
 
@@ -80,36 +81,48 @@ def load_policy(run: config.Run, mesh: jax.sharding.Mesh, tokenizer: Any = None)
         ValueError: no model is named, or the path is not one.
     """
     from sage_jax import models
-    from sage_jax.models import spec as specs
 
     settings = run.model
     tokenizer = tokenizer or load_tokenizer(run)
     place = functools.partial(meshes.shardings, mesh=mesh)
-    constrain = functools.partial(
-        jax.lax.with_sharding_constraint, shardings=meshes.residual_sharding(mesh)
-    )
     if settings.path == "new":
-        model = decoder.Model(
-            specs.ModelSpec(
-                vocab=len(tokenizer),
-                d_model=settings.d_model,
-                d_ff=settings.d_ff,
-                layers=settings.layers,
-                heads=settings.heads,
-                kv_heads=settings.kv_heads,
-                tied=True,
-                bos_id=tokenizer.bos_token_id,
-                eos_id=tokenizer.eos_token_id,
-                pad_id=tokenizer.pad_token_id,
-            )
-        )
+        model = decoder.Model(new_spec(run, tokenizer))
         params = meshes.init(model.init, mesh, jax.random.key(run.seed))
     else:
         model, params = models.load(settings.path, dtype=settings.dtype, place=place)
-    model = dataclasses.replace(
-        model, dtype=settings.dtype, remat=settings.remat, constrain=constrain
-    )
+    model = on_mesh(run, model, mesh)
     return Policy(model, params, tokenizer, models.fingerprint(params), mesh)
+
+
+def new_spec(run: config.Run, tokenizer: Any) -> spec.ModelSpec:
+    """The shape of a model from scratch, with the vocabulary of its tokenizer."""
+    settings = run.model
+    return spec.ModelSpec(
+        vocab=len(tokenizer),
+        d_model=settings.d_model,
+        d_ff=settings.d_ff,
+        layers=settings.layers,
+        heads=settings.heads,
+        kv_heads=settings.kv_heads,
+        tied=True,
+        bos_id=tokenizer.bos_token_id,
+        eos_id=tokenizer.eos_token_id,
+        pad_id=tokenizer.pad_token_id,
+    )
+
+
+def on_mesh(run: config.Run, model: decoder.Model, mesh: jax.sharding.Mesh) -> decoder.Model:
+    """The model as a run computes with it: its dtype, what it recomputes, where activations lie."""
+    return dataclasses.replace(
+        model,
+        dtype=run.model.dtype,
+        remat=run.model.remat,
+        constrain=meshes.residual(mesh),
+        gather=meshes.table(mesh),
+        kernel=attention.Kernel(
+            run.model.attention, mesh, meshes.ROWS, ("tensor",), (meshes.CONTEXT,)
+        ),
+    )
 
 
 def load_reference(run: config.Run, policy: Policy, mesh: jax.sharding.Mesh) -> Policy | None:
@@ -275,12 +288,14 @@ def check_sides(pairs: encode.EncodedPairs, key: str, otherwise: str = "") -> No
 
 def row_shape(run: config.Run, lengths_N2: np.ndarray, mesh: jax.sharding.Mesh) -> steps.Shape:
     """The static shape of a run's rows, a multiple of what the mesh and accumulation divide by."""
-    return steps.shape(
+    found = steps.shape(
         lengths_N2,
         batch_pairs=min(run.train.batch_pairs, len(lengths_N2)),
         packing=run.data.packing,
         rows_multiple=meshes.row_multiple(mesh) * run.train.accumulate,
     )
+    unit = meshes.token_multiple(mesh)
+    return found._replace(row_length=-(-found.row_length // unit) * unit)
 
 
 def make_score_fn(run: config.Run, loss: losses.Loss) -> step.ScoreFn:

@@ -1,5 +1,4 @@
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -205,16 +204,13 @@ def test_repeated_calls_of_one_shape_compile_once(model, params, tokenizer):
     assert sizes[0] == sizes[1] >= 1
 
 
-@pytest.mark.parametrize("sizes", [{"data": 1, "fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}],
+@pytest.mark.parametrize("sizes", [{"data": 1, "fsdp": 8}, {"data": 2, "context": 2, "tensor": 2}],
                          ids=str)  # fmt: skip
 def test_eight_devices_answer_as_one_does(model, params, tokenizer, sizes):
     mesh = meshes.make_mesh(**sizes)
     rows = meshes.batch_sharding(mesh)
     spread = jax.device_put(params, meshes.shardings(params, mesh))
-    constrain = functools.partial(
-        jax.lax.with_sharding_constraint, shardings=meshes.residual_sharding(mesh)
-    )
-    on_mesh = dataclasses.replace(model, constrain=constrain)
+    on_mesh = dataclasses.replace(model, constrain=meshes.residual(mesh))
     for settings in ({}, {"temperature": 1.0, "samples": 2, "batch": 8}):
         expected = _generate(model, params, tokenizer, **settings)
         found = _generate(on_mesh, spread, tokenizer, rows=rows, **settings)

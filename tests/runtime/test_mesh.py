@@ -46,23 +46,24 @@ def specs(tree) -> dict:
 @pytest.mark.parametrize(
     ("sizes", "shape"),
     [
-        ({}, (8, 1, 1)),
-        ({"data": 2, "fsdp": 2, "tensor": 2}, (2, 2, 2)),
-        ({"data": 1, "fsdp": -1}, (1, 8, 1)),
-        ({"data": -1, "fsdp": 4}, (2, 4, 1)),
-        ({"data": 2, "fsdp": 1, "tensor": -1}, (2, 1, 4)),
+        ({}, (8, 1, 1, 1)),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, (2, 2, 1, 2)),
+        ({"data": 1, "fsdp": -1}, (1, 8, 1, 1)),
+        ({"data": -1, "fsdp": 4}, (2, 4, 1, 1)),
+        ({"data": 2, "fsdp": 1, "tensor": -1}, (2, 1, 1, 4)),
+        ({"data": 1, "fsdp": 2, "context": 4}, (1, 2, 4, 1)),
     ],
 )
-def test_the_mesh_has_three_auto_axes_and_minus_one_takes_the_rest(sizes, shape):
+def test_the_mesh_has_four_auto_axes_and_minus_one_takes_the_rest(sizes, shape):
     mesh = mesh_lib.make_mesh(**sizes)
-    assert mesh.axis_names == ("data", "fsdp", "tensor")
+    assert mesh.axis_names == ("data", "fsdp", "context", "tensor")
     assert mesh.devices.shape == shape
     assert set(mesh.axis_types) == {AxisType.Auto}
 
 
 def test_one_device_has_the_same_three_axes():
     mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
-    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "context": 1, "tensor": 1}
     assert mesh_lib.row_multiple(mesh) == 1
 
 
@@ -192,14 +193,13 @@ def test_rows_are_split_over_data_and_fsdp_and_repeated_over_tensor():
         mesh_lib.put({"tokens_RT": tokens_RT[:6]}, mesh)
 
 
-def test_the_residual_constraint_keeps_rows_split_inside_jit():
-    mesh = mesh_lib.make_mesh(data=2, fsdp=2, tensor=2)
-    hidden_RTD = mesh_lib.put(np.ones((4, 3, 8), np.float32), mesh)
+@pytest.mark.parametrize(("length", "part"), [(4, 2), (3, 3)], ids=["split", "whole"])
+def test_the_residual_constraint_keeps_rows_and_tokens_split_inside_jit(length, part):
+    mesh = mesh_lib.make_mesh(data=2, fsdp=2, context=2)
+    hidden_RTD = mesh_lib.put(np.ones((4, length, 8), np.float32), mesh)
 
     @jax.jit
     def block(x):
-        return jax.lax.with_sharding_constraint(
-            x @ jnp.ones((8, 8)), mesh_lib.residual_sharding(mesh)
-        )
+        return mesh_lib.residual(mesh)(x @ jnp.ones((8, 8)))
 
-    assert {s.data.shape for s in block(hidden_RTD).addressable_shards} == {(1, 3, 8)}
+    assert {s.data.shape for s in block(hidden_RTD).addressable_shards} == {(1, part, 8)}

@@ -1,0 +1,391 @@
+"""What a compiled step costs, and whether it fits: figures from the compiler, and a roofline.
+
+Nothing here is a measurement. Seconds are bounds from data sheets (`runtime/chips.py`): the time of
+the arithmetic at the chip's peak, of the traffic to main memory at its bandwidth, and of the
+collectives over their links. A perfect program overlaps the three and takes the longest; one that
+overlaps nothing takes their sum.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from sage_jax import config
+from sage_jax.report import progress
+from sage_jax.runtime import chips, hlo
+from sage_jax.runtime import mesh as meshes
+
+if TYPE_CHECKING:
+    from sage_jax.runtime import compile as compiler
+
+# Of one collective that brings `bytes` together in a group of n: the share that crosses a link.
+_RING = {
+    "all-gather": lambda n: (n - 1) / n,
+    "reduce-scatter": lambda n: (n - 1) / n,
+    "all-reduce": lambda n: 2 * (n - 1) / n,
+    "all-to-all": lambda n: (n - 1) / n / 2,
+    "ragged-all-to-all": lambda n: (n - 1) / n / 2,
+    "collective-permute": lambda n: 1.0,
+    "collective-broadcast": lambda n: 1.0,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Seconds:
+    """Lower bounds of one step, by what limits it."""
+
+    compute: float
+    memory: float
+    collectives: float
+
+    @property
+    def overlapped(self) -> float:
+        """All three at the same time."""
+        return max(self.compute, self.memory, self.collectives)
+
+    @property
+    def serial(self) -> float:
+        """One after the other."""
+        return self.compute + self.memory + self.collectives
+
+    @property
+    def bound(self) -> str:
+        """Which of the three is longest."""
+        named = dataclasses.asdict(self)
+        return max(named, key=lambda name: named[name])
+
+
+@dataclasses.dataclass(frozen=True)
+class StepReport:
+    """One compiled step; bytes, FLOPs and seconds are those of one device."""
+
+    name: str
+    pairs: float
+    tokens: float
+    compile_seconds: float
+    argument_bytes: float
+    output_bytes: float
+    alias_bytes: float  # of the output that lie in the place of donated arguments
+    temporary_bytes: float
+    code_bytes: float
+    beside_bytes: float  # in a training, of what the program does not see
+    usable_bytes: float
+    margin: float  # of the usable bytes that has to stay free
+    model_flops: float  # of the batch on all devices, nothing recomputed
+    flops: float = 0.0
+    main_bytes: float = 0.0
+    xla_flops: float = 0.0  # as the compiler says, which counts a loop's body once
+    xla_bytes: float = 0.0
+    optimal_seconds: float | None = None  # the compiler's, by its cycles; None where it has none
+    seconds: Seconds | None = None  # None: a machine without a data sheet, or a refused program
+    mfu: float | None = None
+    collectives: tuple[dict[str, Any], ...] = ()  # kind, count, bytes, seconds
+    opaque: tuple[str, ...] = ()
+    unknown_loops: tuple[str, ...] = ()
+    largest_batch: int | None = None  # pairs (prompts for `sample`) that fit; None: not searched
+    search_compilations: int = 0
+    changes: tuple[str, ...] = ()  # what to do when it does not fit
+
+    @property
+    def total_bytes(self) -> float:
+        """Everything that lies in a device's memory while the step runs."""
+        inside = self.argument_bytes + self.output_bytes - self.alias_bytes
+        return inside + self.temporary_bytes + self.code_bytes + self.beside_bytes
+
+    @property
+    def free(self) -> float:
+        """Share of the usable memory that is left; negative when it does not fit."""
+        return 1 - self.total_bytes / self.usable_bytes
+
+    @property
+    def fits(self) -> bool:
+        """Whether the margin is left free."""
+        return self.free >= self.margin
+
+    def tokens_per_second(self, *, overlapped: bool = True) -> float | None:
+        """Of all devices, at the bound."""
+        if self.seconds is None:
+            return None
+        time = self.seconds.overlapped if overlapped else self.seconds.serial
+        return self.tokens / time if time else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        found = dataclasses.asdict(self)
+        if self.seconds is not None:
+            found["seconds"] |= {
+                "overlapped": self.seconds.overlapped,
+                "serial": self.seconds.serial,
+                "bound": self.seconds.bound,
+            }
+        for name in ("total_bytes", "free", "fits"):
+            found[name] = getattr(self, name)
+        found["tokens_per_second"] = self.tokens_per_second()
+        found["tokens_per_second_serial"] = self.tokens_per_second(overlapped=False)
+        finite = lambda v: None if isinstance(v, float) and not math.isfinite(v) else v  # noqa: E731
+        return {key: finite(value) for key, value in found.items()}
+
+
+def read(
+    lowered: compiler.Lowered,
+    machine: compiler.Target,
+    *,
+    seconds: float,
+    memory: Any,
+    cost: dict[str, float],
+    totals: hlo.Totals,
+    margin: float,
+) -> StepReport:
+    """The report of a program that compiled.
+
+    Args:
+        lowered: the step.
+        machine: what it was compiled for.
+        seconds: that the compilation took.
+        memory: of `Compiled.memory_analysis()`.
+        cost: of `Compiled.cost_analysis()`.
+        totals: of the compiled text.
+        margin: share of the memory that has to stay free.
+    """
+    chip = machine.chip
+    by_kind: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0.0, 0.0])
+    for one in totals.collectives:
+        found = by_kind[one.kind]
+        found[0] += one.count
+        found[1] += one.total_bytes
+        found[2] += collective_seconds(one, machine)
+    collectives = tuple(
+        {"kind": kind, "count": found[0], "bytes": found[1], "seconds": found[2]}
+        for kind, found in sorted(by_kind.items(), key=lambda item: -item[1][1])
+    )
+    bound = optimal = mfu = None
+    if chip is not None:
+        bound = Seconds(
+            totals.flops / chip.flops,
+            totals.main_bytes / chip.memory_bandwidth,
+            sum(one["seconds"] for one in collectives),
+        )
+        peak = chip.flops * len(machine.devices)
+        mfu = lowered.model_flops / peak / bound.overlapped if bound.overlapped else None
+        optimal = totals.cycles / chip.clock if totals.cycles else None
+    return StepReport(
+        lowered.name,
+        lowered.pairs,
+        lowered.tokens,
+        seconds,
+        float(memory.argument_size_in_bytes),
+        float(memory.output_size_in_bytes),
+        float(memory.alias_size_in_bytes),
+        float(memory.temp_size_in_bytes),
+        float(memory.generated_code_size_in_bytes),
+        lowered.beside_bytes,
+        machine.usable_bytes,
+        margin,
+        lowered.model_flops,
+        flops=totals.flops,
+        main_bytes=totals.main_bytes,
+        xla_flops=float(cost.get("flops", 0.0)),
+        xla_bytes=float(cost.get("bytes accessed", 0.0)),
+        optimal_seconds=optimal,
+        seconds=bound,
+        mfu=mfu,
+        collectives=collectives,
+        opaque=totals.opaque,
+        unknown_loops=totals.unknown_loops,
+    )
+
+
+def too_large(
+    lowered: compiler.Lowered, machine: compiler.Target, used: float, seconds: float, margin: float
+) -> StepReport:
+    """The report of a program that the compiler refused for its size."""
+    return StepReport(
+        lowered.name, lowered.pairs, lowered.tokens, seconds, 0.0, 0.0, 0.0, used, 0.0,
+        lowered.beside_bytes, machine.usable_bytes, margin, lowered.model_flops,
+    )  # fmt: skip
+
+
+def collective_seconds(one: hlo.Collective, machine: compiler.Target) -> float:
+    """The least time of a collective, in all its repetitions, over links that nobody else uses."""
+    if machine.chip is None or one.groups < 2 or not one.total_bytes:
+        return 0.0
+    places = [machine.coordinates[i] for i in one.group if i < len(machine.coordinates)]
+    speed = chips.ring_bandwidth(machine.chip, places, machine.extent)
+    if one.kind == "collective-permute":
+        speed = machine.chip.link_bandwidth
+    return _RING[one.kind](one.groups) * one.total_bytes / speed
+
+
+def changes(report: StepReport, run: config.Run, mesh: jax.sharding.Mesh) -> tuple[str, ...]:
+    """What would make a step fit, the cheapest first."""
+    if report.fits:
+        return ()
+    found = []
+    shape, devices = mesh.shape, mesh.size
+    rows = meshes.row_multiple(mesh)
+    key, size = "train.batch_pairs", run.train.batch_pairs
+    if report.name == "sample":
+        key, size = "eval.batch", run.eval.batch
+    if report.largest_batch:
+        found.append(f"config.{key}={report.largest_batch}, the largest that fits")
+    elif report.largest_batch is None and size > rows:
+        found.append(f"config.{key}={max(rows, size // 2 // rows * rows)}, half the rows a device")
+    if report.name == "train" and run.model.remat != "full":
+        found.append("config.model.remat=full, which keeps the layers' inputs alone")
+    if run.model.dtype == "float32":
+        found.append("config.model.dtype=bfloat16, half the activations")
+    if report.name == "train" and size // run.train.accumulate > rows:
+        found.append(
+            f"config.train.accumulate={2 * run.train.accumulate}: parts one after the other"
+        )
+    fixed = report.argument_bytes + report.beside_bytes
+    if shape["fsdp"] < devices and (fixed > report.usable_bytes / 4 or not fixed):
+        found.append(
+            f"config.mesh.fsdp={devices // shape['tensor']} and config.mesh.data=1: weights and "
+            f"moments over more devices"
+        )
+    if "context" in shape and report.name != "sample":
+        found.append(
+            f"config.mesh.context={2 * shape['context']} (fsdp or data divided by 2): rows cut "
+            f"over more devices"
+        )
+    if report.name != "sample":
+        found.append(f"config.data.max_length={run.data.max_length // 2}: shorter rows")
+    found.append(f"a topology of more than {devices} devices")
+    return tuple(found)
+
+
+def show(
+    run: config.Run,
+    machine: compiler.Target,
+    mesh: jax.sharding.Mesh,
+    reports: Sequence[StepReport],
+    *,
+    as_json: bool,
+) -> None:
+    """Prints the reports of a topology."""
+    if as_json:
+        print(json.dumps(as_dict(run, machine, mesh, reports), indent=1))
+        return
+    axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "none"
+    print(
+        f"{run.model.path} in {run.model.dtype}, remat {run.model.remat}, for {machine.name}: "
+        f"{len(machine.devices)} devices (mesh: {axes}), {_gib(machine.usable_bytes)} usable on "
+        f"each.\nFrom the compiled programs, per device; nothing was run.\n"
+    )
+    print(progress.table(["memory", *(r.name for r in reports)], _memory_rows(reports)))
+    print()
+    print(progress.table(["one step", *(r.name for r in reports)], _cost_rows(reports)))
+    for report in reports:
+        if report.collectives:
+            rows = [
+                [one["kind"], f"{one['count']:.0f}", _gib(one["bytes"]), _time(one["seconds"])]
+                for one in report.collectives
+            ]
+            heads = [f"{report.name}: collectives", "count", "bytes", "at least"]
+            print("\n" + progress.table(heads, rows))
+    for report in reports:
+        for name in report.opaque:
+            print(f"\n{report.name}: {name} does not say what it costs; it counts as 0.")
+        if report.unknown_loops:
+            print(
+                f"\n{report.name}: loops that end by a condition on data are counted to their "
+                f"limit."
+            )
+        if not report.fits:
+            print(
+                f"\n{report.name} does not fit: {_gib(report.total_bytes)} and a margin of "
+                f"{report.margin:.0%} are more than {_gib(report.usable_bytes)}. What to change:"
+            )
+            for change in report.changes:
+                print(f"  {change}")
+
+
+def as_dict(
+    run: config.Run,
+    machine: compiler.Target,
+    mesh: jax.sharding.Mesh,
+    reports: Sequence[StepReport],
+) -> dict[str, Any]:
+    """The reports of a topology, for JSON."""
+    return {
+        "topology": machine.name,
+        "devices": len(machine.devices),
+        "mesh": dict(mesh.shape),
+        "chip": None if machine.chip is None else dataclasses.asdict(machine.chip),
+        "config": config.as_dict(run),
+        "steps": {report.name: report.as_dict() for report in reports},
+        "fits": all(report.fits for report in reports),
+    }
+
+
+def _memory_rows(reports: Sequence[StepReport]) -> list[list[str]]:
+    rows = [
+        [label, *(_gib(getattr(r, name)) for r in reports)]
+        for label, name in (
+            ("arguments", "argument_bytes"),
+            ("temporaries", "temporary_bytes"),
+            ("output", "output_bytes"),
+            ("  of it in place of arguments", "alias_bytes"),
+            ("program", "code_bytes"),
+            ("beside it in a training", "beside_bytes"),
+            ("together", "total_bytes"),
+        )
+    ]
+    rows.append(["free", *(f"{100 * r.free:.1f} %" for r in reports)])
+    rows.append(["fits", *("yes" if r.fits else "NO" for r in reports)])
+    if any(r.largest_batch is not None for r in reports):
+        rows.append(["largest batch that fits", *(str(r.largest_batch) for r in reports)])
+    return rows
+
+
+def _cost_rows(reports: Sequence[StepReport]) -> list[list[str]]:
+    def each(label: str, text: Any) -> list[str]:
+        return [label, *(text(r) for r in reports)]
+
+    def of(name: str) -> Any:
+        return lambda r: _time(getattr(r.seconds, name)) if r.seconds else "-"
+
+    def rate(r: StepReport) -> str:
+        found = r.tokens_per_second(), r.tokens_per_second(overlapped=False)
+        return "-" if None in found else f"{found[1]:,.0f} - {found[0]:,.0f}"
+
+    def mfu(r: StepReport) -> str:
+        if r.mfu is None or r.seconds is None:
+            return "-"
+        return f"{100 * r.mfu * r.seconds.overlapped / r.seconds.serial:.1f} - {100 * r.mfu:.1f} %"
+
+    rows = [
+        each("pairs (sample: prompts)", lambda r: f"{r.pairs:.0f}"),
+        each("tokens", lambda r: f"{r.tokens:.0f}"),
+        each("TFLOP", lambda r: f"{r.flops / 1e12:.4g}"),
+        each("bytes to and from memory", lambda r: _gib(r.main_bytes)),
+        each("arithmetic at the peak", of("compute")),
+        each("memory at its bandwidth", of("memory")),
+        each("collectives over their links", of("collectives")),
+        each("compiler's estimate, no collectives", lambda r: _time(r.optimal_seconds)),
+        each("limit", lambda r: r.seconds.bound if r.seconds else "-"),
+        each("tokens/s, serial - overlapped", rate),
+        each("MFU, serial - overlapped", mfu),
+        each("seconds to compile", lambda r: f"{r.compile_seconds:.1f}"),
+    ]
+    return [row for row in rows if any(cell != "-" for cell in row[1:])]
+
+
+def _gib(size: float) -> str:
+    if not math.isfinite(size):
+        return "too much"
+    return f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.2f} MiB"
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    return f"{seconds:.3f} s" if seconds >= 1 else f"{1e3 * seconds:.2f} ms"

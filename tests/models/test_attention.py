@@ -1,0 +1,177 @@
+"""Every way to compute attention gives what the dense form gives, and so do its gradients."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from sage_jax.models import attention
+
+ROWS, LENGTH, HEADS, GROUPS, WIDTH = 2, 200, 4, 2, 24
+LAYOUTS = ("segments", "shared")
+KERNELS = {
+    "blocks": attention.Kernel("blocks"),
+    "triton": attention.Kernel("triton", interpret=True),
+    "splash": attention.Kernel("splash", interpret=True),
+}
+
+
+@functools.cache
+def visible(layout: str, length: int = LENGTH) -> attention.Visible:
+    """Rows of segments with padding at the end; or of chosen reversed, prompt, rejected."""
+    rng = np.random.default_rng(3)
+    first = np.tile(np.arange(length), (ROWS, 1))
+    last, position = first.copy(), np.zeros_like(first)
+    for r in range(ROWS):
+        at = 0
+        while at < length - 60:
+            chosen, prompt, rejected = rng.integers(1, 20, 3)
+            if layout == "segments":
+                chosen = 0
+            start, end = at + chosen, at + chosen + prompt + rejected
+            last[r, at:start] = start + prompt - 1
+            first[r, start:end] = start
+            position[r, at:start] = prompt + np.arange(chosen)[::-1]
+            position[r, start:end] = np.arange(end - start)
+            at = end
+    arrays = [jnp.asarray(x, jnp.int32) for x in (first, last, position)]
+    if layout == "shared":
+        return attention.Visible(*arrays, ahead_RT=jax.lax.cummax(arrays[1], axis=1))
+    return attention.Visible(*arrays)
+
+
+def inputs(dtype=jnp.float32, rows=ROWS, length=LENGTH):
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = [(rows, length, heads, WIDTH) for heads in (HEADS, GROUPS, GROUPS)]
+    arrays = [jax.random.normal(k, s, dtype) for k, s in zip(keys, shapes, strict=False)]
+    return arrays, jax.random.normal(keys[3], (rows, length, HEADS * WIDTH), dtype)
+
+
+def with_gradients(kernel, seen, arrays, slope, **options):
+    def run(*arrays):
+        out, pull = jax.vjp(
+            lambda *a: attention.attend(*a, seen, scale=0.2, kernel=kernel, **options), *arrays
+        )
+        return out, *pull(slope)
+
+    return jax.jit(run)(*arrays)
+
+
+def error(found, wanted):
+    found, wanted = (np.asarray(x, np.float64) for x in (found, wanted))
+    return np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("options", [{}, {"window": 7}, {"softcap": 2.0}], ids=str)
+def test_every_kernel_is_the_dense_form(name, layout, options):
+    if name == "splash" and layout == "shared" and "window" in options:
+        pytest.skip("refused, see below")
+    arrays, slope = inputs()
+    wanted = with_gradients(attention.Kernel("dense"), visible(layout), arrays, slope, **options)
+    found = with_gradients(KERNELS[name], visible(layout), arrays, slope, **options)
+    for a, b in zip(found, wanted, strict=True):
+        assert error(a, b) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["blocks", "triton"])
+def test_bfloat16_stays_within_its_rounding(name):
+    arrays, slope = inputs(jnp.bfloat16)
+    exact = [a.astype(jnp.float32) for a in arrays]
+    wanted = with_gradients(
+        attention.Kernel("dense"), visible("shared"), exact, slope.astype(jnp.float32)
+    )
+    found = with_gradients(KERNELS[name], visible("shared"), arrays, slope)
+    for a, b in zip(found, wanted, strict=True):
+        assert a.dtype == jnp.bfloat16 and error(a, b) < 1e-2
+
+
+@pytest.mark.parametrize("name", ["blocks", "splash", "triton"])
+def test_rows_and_heads_over_eight_devices(name):
+    check_over_eight_devices(name, {"fsdp": 4, "context": 1, "tensor": 2})
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("name", "sizes", "length"),
+    [
+        ("dense", (2, 4, 1), 256),
+        ("blocks", (2, 2, 2), 256),
+        ("blocks", (1, 8, 1), 256),
+        ("splash", (1, 2, 4), 256),  # 128 tokens on a device, the least that the TPU kernel takes
+    ],
+    ids=str,
+)
+def test_tokens_of_a_row_over_several_devices(name, layout, sizes, length):
+    sizes = dict(zip(("fsdp", "context", "tensor"), sizes, strict=True))
+    check_over_eight_devices(name, sizes, layout=layout, length=length)
+
+
+def test_a_window_reaches_over_the_border_between_devices():
+    sizes = {"fsdp": 1, "context": 4, "tensor": 2}
+    check_over_eight_devices("blocks", sizes, layout="segments", length=256, window=70)
+
+
+def test_gpu_kernels_refuse_rows_that_are_not_whole():
+    mesh = Mesh(np.array(jax.devices()).reshape(1, 8), ("fsdp", "context"))
+    kernel = attention.Kernel("triton", mesh, ("fsdp",), (), ("context",), interpret=True)
+    arrays, slope = inputs()
+    with pytest.raises(ValueError, match="takes whole rows"):
+        with_gradients(kernel, visible("segments"), arrays, slope)
+
+
+def check_over_eight_devices(name, sizes, *, layout="shared", length=LENGTH, rows=8, **options):
+    mesh = Mesh(
+        np.array(jax.devices()).reshape(tuple(sizes.values())),
+        tuple(sizes),
+        axis_types=(AxisType.Auto,) * 3,
+    )
+    kernel = attention.Kernel(
+        name, mesh, ("fsdp",), ("tensor",), ("context",), interpret=name != "dense"
+    )
+    rows = rows if length == LENGTH else 2
+    arrays, slope = inputs(rows=rows, length=length)
+    seen = jax.tree.map(lambda x: jnp.tile(x, (rows // ROWS, 1)), visible(layout, length))
+    wanted = with_gradients(attention.Kernel("dense"), seen, arrays, slope, **options)
+    part = "context" if sizes["context"] > 1 else None
+    split = NamedSharding(mesh, PartitionSpec("fsdp", part, "tensor"))
+    found = with_gradients(
+        kernel,
+        jax.device_put(seen, NamedSharding(mesh, PartitionSpec("fsdp"))),
+        jax.device_put(arrays, split),
+        jax.device_put(slope, split),
+        **options,
+    )
+    for a, b in zip(found, wanted, strict=True):
+        assert error(a, b) < 1e-6
+
+
+def test_blocks_hold_nothing_quadratic_in_the_row():
+    length = 4096
+    like = [jax.ShapeDtypeStruct((1, length, h, 8), jnp.float32) for h in (2, 1, 1)]
+
+    def run(q, key, value):
+        seen = attention.causal(jnp.ones((1, length), jnp.int32), jnp.zeros((1, length), jnp.int32))
+        kernel = attention.Kernel("blocks")
+        return attention.attend(q, key, value, seen, scale=1.0, kernel=kernel).sum()
+
+    compiled = jax.jit(jax.grad(run)).lower(*like).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < length * length / 4
+
+
+def test_splash_refuses_a_window_where_positions_are_not_indices():
+    arrays, slope = inputs()
+    with pytest.raises(ValueError, match=r"no window \(7\)"):
+        with_gradients(KERNELS["splash"], visible("shared"), arrays, slope, window=7)
+
+
+def test_the_platform_and_the_length_choose():
+    assert attention.Kernel().chosen(64) == "dense"
+    assert attention.Kernel().chosen(1024) == "blocks"
+    assert attention.Kernel("splash").chosen(64) == "splash"
+    with pytest.raises(ValueError, match="unknown"):
+        attention.Kernel("fast")

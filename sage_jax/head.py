@@ -89,7 +89,7 @@ def stats(
     >>> jnp.round(jnp.exp(found.logp_RT), 3).tolist(), found.entropy_RT.shape
     ([[0.125, 0.125, 1.0, 1.0]], (1, 4))
     """
-    rows, length, _ = hidden_NMD.shape
+    length = hidden_NMD.shape[1]
     fill = -length % settings.chunk
     hidden = jnp.pad(hidden_NMD, ((0, 0), (0, fill), (0, 0)))
     targets = jnp.pad(jnp.asarray(targets_NM, jnp.int32), ((0, 0), (0, fill)))
@@ -116,7 +116,7 @@ def _onto(whole: Any, part: Any, i: Any) -> Any:
 
 def _logits(hidden_NCD: Any, head_DV: Any) -> Any:
     # float32 accumulation whatever the dtype of the inputs. Rows and tokens are merged: XLA's CPU
-    # backend contracts two axes slowly in the head's gradient. The sharded axis stays the major one.
+    # backend contracts two axes slowly. The sharded axis stays the major one.
     flat = hidden_NCD.reshape(-1, hidden_NCD.shape[-1])
     logits = jnp.matmul(flat, head_DV, preferred_element_type=jnp.float32)
     return logits.reshape(*hidden_NCD.shape[:-1], -1)

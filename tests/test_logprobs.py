@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sage_jax import batch, head, logprobs
@@ -159,7 +158,10 @@ def test_head_over_eight_devices():
 
     def spread(fn):
         return jax.shard_map(
-            fn, mesh=mesh, in_specs=(spec,) * 4 + (PartitionSpec(),), out_specs=spec,
+            fn,
+            mesh=mesh,
+            in_specs=(spec,) * 4 + (PartitionSpec(),),
+            out_specs=spec,
             check_vma=False,
         )
 

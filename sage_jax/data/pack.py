@@ -159,6 +159,7 @@ def plan(
     row_length: int,
     rows: int,
     slots: int,
+    sizes: Sequence[int] = (),
     batch_pairs: int | None = None,
 ) -> np.ndarray:
     """Places pairs in the rows of K batches.
@@ -174,6 +175,8 @@ def plan(
       row_length: tokens in a row.
       rows: rows in a batch (R).
       slots: most pairs in a row (S).
+      sizes: shorter row lengths, which `row_length` chooses from for each batch of the plan; the
+        plan is the same whatever they are, so a `RowShape` can be given whole.
       batch_pairs: pairs in a batch.
 
     Returns:
@@ -189,6 +192,8 @@ def plan(
     >>> plan(lengths, [0, 1, 2], row_length=8, rows=2, slots=2, batch_pairs=3).tolist()
     [[[0, -1], [1, 2]]]
     """
+    if sizes and max(sizes) > row_length:
+        raise ValueError(f"sizes={tuple(sizes)} must not exceed row_length={row_length}.")
     pair_P = np.asarray(order, np.int64)
     length_P = _each(lengths_N2)[pair_P]
     if len(pair_P) and length_P.max() > row_length:
@@ -239,7 +244,7 @@ def _batches(
 def _balanced(
     lengths: Sequence[int], row_length: int, rows: int, slots: int
 ) -> list[tuple[int, int]]:
-    """Row and slot for each length, each on the emptiest row, the longest first; [] if none fits."""
+    """Row and slot of each length, the longest first on the emptiest row; [] if they do not fit."""
     heap = [(0, row) for row in range(rows)]
     used = [0] * rows
     placed = [(0, 0)] * len(lengths)

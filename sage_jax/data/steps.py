@@ -16,6 +16,7 @@ import numpy as np
 from sage_jax.data import pack
 
 FACTORS = (1, 2, 3)  # row lengths to choose from, in longest pairs
+OVERFLOW = 0.01  # share of random batches that do not fit into one of the shapes
 
 
 class Shape(NamedTuple):
@@ -47,7 +48,13 @@ def shape(
 RowShape(row_length=120, rows=1, slots=3))
     """
     every = tuple(
-        pack.shape(lengths_N2, batch_pairs=batch_pairs, packing=packing, factors=(factor,))
+        pack.shape(
+            lengths_N2,
+            batch_pairs=batch_pairs,
+            packing=packing,
+            factors=(factor,),
+            overflow=OVERFLOW,
+        )
         for factor in (FACTORS if packing else (1,))
     )
     rounded = [one._replace(rows=-(-one.rows // rows_multiple) * rows_multiple) for one in every]

@@ -65,7 +65,8 @@ def cache_directory(setting: str, name: str) -> pathlib.Path:
 
 def make_mesh(run: config.Run) -> jax.sharding.Mesh:
     """The mesh of the settings, over all devices of all processes."""
-    return meshes.make_mesh(**dataclasses.asdict(run.mesh))
+    axes = run.mesh
+    return meshes.make_mesh(data=axes.data, fsdp=axes.fsdp, tensor=axes.tensor)
 
 
 def load_policy(run: config.Run, mesh: jax.sharding.Mesh, tokenizer: Any = None) -> Policy:

@@ -146,8 +146,7 @@ def chat_lengths(count, seed=0):
 
 
 def planned(lengths, order, shape, batch_pairs=None):
-    return pack.plan(lengths, order, **dict(zip(("row_length", "rows", "slots"), shape, strict=False)),
-                     batch_pairs=batch_pairs)
+    return pack.plan(lengths, order, **shape._asdict(), batch_pairs=batch_pairs)
 
 
 @pytest.mark.parametrize("rows", [1, 8])

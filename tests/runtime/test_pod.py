@@ -245,7 +245,7 @@ def test_processes_with_other_commands_are_refused_everywhere(tmp_path, own_cach
                 text=True,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-            )  # fmt: skip
+            )
         )
     try:
         said = [process.communicate(timeout=100)[0] for process in processes]

@@ -80,7 +80,7 @@ def test_a_rule_with_a_state_and_an_adaptive_beta_go_on_bit_for_bit(job, tmp_pat
 def next_round(job, run, memory, state=None, number=0, score_pool=None):
     return rounds.next_round(
         number, memory, None, state, run=run, loss=setup.make_loss(run), pairs=job["pairs"],
-        shape=job["passes"].shape, score_pool=score_pool,
+        shapes=job["passes"].shape.every, score_pool=score_pool,
     )  # fmt: skip
 
 

@@ -90,7 +90,7 @@ def known_memory(count, seed=0, share=0.2):
 def chosen_from(memory, run, job):
     return rounds.next_round(
         1, memory, None, None, run=run, loss=setup.make_loss(run), pairs=job["pairs"],
-        shape=job["passes"].shape, score_pool=None,
+        shapes=job["passes"].shape.every, score_pool=None,
     )  # fmt: skip
 
 

@@ -59,6 +59,7 @@ class Pending(NamedTuple):
     step: int
     row: dict[str, Any]
     flops: float
+    room: int  # tokens that its rows have room for, over all processes
     pair_RS: np.ndarray
     output: step.StepOutput
 
@@ -305,8 +306,7 @@ class Trainer:
         self.counters.seconds_training += seconds
         tokens = int(found.pop("num_tokens"))
         self.counters.tokens += tokens
-        shape = self.passes.shape
-        pending.row["perf/padding_fraction"] = 1 - tokens / (shape.rows * shape.row_length)
+        pending.row["perf/padding_fraction"] = 1 - tokens / pending.room
         self.writer.write(
             pending.row
             | found
@@ -425,7 +425,7 @@ class Trainer:
                 flops = self.counters.count(pair_B[pair_B >= 0], self.flops_N)
                 row["perf/scoring_fraction"] = self.counters.flops_scoring / self.counters.flops
                 row["perf/scoring_seconds_fraction"] = self.counters.scoring_seconds_fraction
-                self.pending = Pending(now, row, flops, pair_RS, output)
+                self.pending = Pending(now, row, flops, given.tokens_RT.size, pair_RS, output)
                 bar.update(1, self._notes())
                 if checkpoints.due(self.counters.step):
                     self._save(checkpoints)

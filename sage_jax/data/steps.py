@@ -59,7 +59,7 @@ RowShape(row_length=120, rows=1, slots=3))
     )
     rounded = [one._replace(rows=-(-one.rows // rows_multiple) * rows_multiple) for one in every]
     best = min(rounded, key=lambda found: (found.row_length * found.rows, found.row_length))
-    return Shape(*best, every)
+    return Shape(*best[:3], every)
 
 
 def split(

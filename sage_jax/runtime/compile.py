@@ -184,7 +184,7 @@ class Lowered:
 
 def make_step(name: str, run: config.Run, mesh: jax.sharding.Mesh) -> Lowered:
     """One of `STEPS`, as the run would run it."""
-    run = config.settle_kappa(run, {})
+    run = config.settle_data(run, {})
     policy = abstract_policy(run, mesh)
     if name == "sample":
         return _sample_step(run, policy, mesh)

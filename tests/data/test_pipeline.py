@@ -3,6 +3,7 @@
 import threading
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -33,7 +34,8 @@ def plan(pairs):
 
 
 def equal(a, b):
-    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+    leaves = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.array_equal(x, y) for x, y in leaves)
 
 
 @pytest.mark.parametrize("threads", [0, 1, 3])
@@ -66,7 +68,7 @@ def test_each_process_builds_its_own_rows_and_no_others(pairs, plan, monkeypatch
         for all_rows, own in zip(
             whole, pipeline.batches(pairs, plan, ROW_LENGTH, rows_L=rows_L), strict=True
         ):
-            assert equal([leaf[rows_L] for leaf in all_rows], own)
+            assert equal(jax.tree.map(lambda leaf: leaf[rows_L], all_rows), own)
     assert sum(asked) == plan.shape[0] * count
 
 

@@ -47,6 +47,8 @@ class Data:
     packing: bool = True  # several pairs in a row; false = one pair a row
     limit: int = 0  # use the first rows only; 0 = all
     cache: str = ""  # directory of encoded data sets; "" = $SAGE_JAX_CACHE or ~/.cache/sage_jax
+    # Computes the prompt of a pair once for both answers: on, off or auto (where it saves tokens).
+    share_prompts: str = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,6 +248,7 @@ _CHOICES = {
     "model.attention": ("auto", "dense", "blocks", "triton", "tokamax", "splash"),
     "export.dtype": ("float32", "bfloat16"),
     "data.on_bad_row": ("error", "skip"),
+    "data.share_prompts": ("auto", "on", "off"),
     "loss.name": tuple(losses.LOSSES),
     "selection.scoring_dtype": ("", "bfloat16"),
     "selection.margin": ("likelihood", "reward"),

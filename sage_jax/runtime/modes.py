@@ -93,7 +93,9 @@ def eval(run: config.Run, workdir: pathlib.Path | None) -> int:
     other = passes = None
     if pairs is not None:
         other = setup.load_reference(run, policy, mesh)
-        passes = forward.Passes(policy, mesh, setup.row_shape(run, pairs.lengths_N2, mesh))
+        share = setup.shares_prompts(run, policy.model, pairs)
+        shape = setup.row_shape(run, pairs.row_lengths(share), mesh, share=share)
+        passes = forward.Passes(policy, mesh, shape)
     evaluator = evaluation.Evaluator(run, policy, held, passes, pairs, other)
     row = evaluator(policy.params)
     _print_evaluation(run, evaluator, row)

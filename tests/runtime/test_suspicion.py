@@ -203,6 +203,7 @@ def test_a_guarded_run_goes_on_bit_for_bit(job, tmp_path, monkeypatch, name):
     monkeypatch.setattr(  # and hold something else after each look
         noise.Held, "with_estimate", lambda held, *_: noise.Held(held.weight + 1, held.share + 0.03)
     )
+    monkeypatch.setattr(noise, "LEAST_HELD", 1.0)
     run = small_run(**{"selection.name": name, "selection.guard": "suspects"})
     whole, ended = train(job, tmp_path / "whole", run)
     train(job, tmp_path / "parts", run, until=6)

@@ -182,3 +182,22 @@ def doctor(run: config.Run, workdir: pathlib.Path | None) -> int:
     encoded = encode.encode(found, tokenizer, max_length=run.data.max_length)
     print(doctors.report(found, encoded)[1])
     return 0
+
+
+def compile(
+    run: config.Run,
+    workdir: pathlib.Path | None,
+    *,
+    topology: str = "",
+    steps: str = "",
+    search: bool = True,
+    json: bool = False,
+) -> int:
+    """Compiles a run's steps for a topology that is not there; 3 when one does not fit."""
+    from sage_jax.runtime import compile as compiler
+
+    if workdir is not None:
+        raise ValueError(f"--workdir={workdir}: the mode compile writes nothing. Leave it out.")
+    if not topology:
+        raise ValueError("--topology is missing. Example: --topology=v5e:4x4, or cpu:8.")
+    return compiler.run_mode(run, topology=topology, steps=steps, search=search, as_json=json)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sage_jax import config, logprobs, losses, scores, step
+from sage_jax import config, head, logprobs, losses, scores, step
 from sage_jax.data import encode, steps
 from sage_jax.models import attention, decoder, spec
 from sage_jax.runtime import hosts
@@ -36,6 +36,17 @@ class Policy:
         """How arrays of sequences are split over the devices."""
         return None if self.mesh is None else meshes.batch_sharding(self.mesh)
 
+    @property
+    def memory(self) -> head.Memory:
+        """What the head may take on a device.
+
+        Each chunk of tokens reads the whole head, so on an accelerator it takes as many of them as
+        keep the matrix units busy meanwhile: 500 at a vocabulary of 128k.
+        """
+        if self.mesh is None or self.mesh.devices.flat[0].platform == "cpu":
+            return logprobs.MEMORY
+        return head.Memory(chunk=2**28)
+
     def logps_fn(
         self, *, logit_norm: bool = False, light: bool = False, dtype: str = ""
     ) -> logprobs.LogpsFn:
@@ -52,6 +63,7 @@ class Policy:
             logit_norm=logit_norm,
             light=light,
             spread=None if self.mesh is None else meshes.spread(self.mesh),
+            memory=self.memory,
         )
 
 

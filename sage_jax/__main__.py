@@ -120,6 +120,12 @@ def parse(argv: list[str]) -> tuple[str, Any, pathlib.Path | None]:
         if not equals:
             raise UsageError(f"--{name} needs a value: --{name}=...")
     given = {a.removeprefix("--").partition("=")[0]: a.partition("=")[2] for a in arguments}
+    if "://" in given.get("workdir", ""):
+        raise UsageError(
+            f"--workdir={given['workdir']}: a workdir holds small files that grow, so it is a "
+            f"directory. Only checkpoints go to a URI: "
+            f"--config.checkpoint.directory={given['workdir']}."
+        )
     workdir = pathlib.Path(given["workdir"]).expanduser() if given.get("workdir") else None
     overrides = [a for a in arguments if a.startswith("--config.")]
     if "config" in given:

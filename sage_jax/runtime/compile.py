@@ -74,6 +74,7 @@ def target(name: str) -> Target:
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # its lock is for TPUs, and none is used
     }
     jax.config.update("jax_platforms", "cpu")
     from jax.experimental import topologies
@@ -275,7 +276,7 @@ def compile_step(lowered: Lowered, machine: Target) -> compile_report.StepReport
     try:
         compiled = program.compile()
     except Exception as e:
-        used = _out_of_memory(str(e))
+        used = out_of_memory(str(e))
         if used is None:
             raise
         return compile_report.too_large(lowered, machine, used, time.perf_counter() - start, MARGIN)
@@ -301,7 +302,7 @@ def compile_step(lowered: Lowered, machine: Target) -> compile_report.StepReport
     )
 
 
-def _out_of_memory(said: str) -> float | None:
+def out_of_memory(said: str) -> float | None:
     """Bytes that a refused program needs, None for another error."""
     if "RESOURCE_EXHAUSTED" not in said and "Ran out of memory" not in said:
         return None

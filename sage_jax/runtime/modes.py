@@ -142,13 +142,14 @@ def score(run: config.Run, workdir: pathlib.Path | None) -> int:
 def export(run: config.Run, workdir: pathlib.Path | None) -> int:
     """Writes the weights of a run's latest checkpoint to WORKDIR/export."""
     workdir = training.need(workdir, "export")
-    if not hosts.on_first((workdir / "checkpoints").is_dir):
+    where = checkpoint.directory(run, workdir)
+    if not hosts.on_first(where.is_dir):
         raise ValueError(f"--workdir={workdir} holds no checkpoints. Name the workdir of a run.")
     mesh = setup.make_mesh(run)
-    with checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints:
+    with checkpoint.Checkpoints(where) as checkpoints:
         at = hosts.agree(checkpoints.latest())
         if at is None:
-            raise ValueError(f"{workdir / 'checkpoints'} holds no complete checkpoint to export.")
+            raise ValueError(f"{where} holds no complete checkpoint to export.")
         policy = setup.load_policy(run, mesh)
         found, _, _ = checkpoints.restore(at, state.abstract_state(run, policy.params, mesh))
     training.export(workdir / "export", run, policy, found.params)

@@ -30,11 +30,11 @@ def _kernel(
 
     block = next(b for b in (BLOCK, 384, 256, LANES) if (length // shards) % b == 0)
     shape = (length, length)
-    mask = splash.CausalMask(shape)
+    mask: Any = splash.CausalMask(shape)
     if ahead:
-        mask = splash.LocalMask(shape, (0, None), 0)
+        mask: Any = splash.LocalMask(shape, (0, None), 0)
     elif window:
-        mask = splash.LocalMask(shape, (window - 1, 0), 0)
+        mask: Any = splash.LocalMask(shape, (window - 1, 0), 0)
     sizes = splash.BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=block,
         block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,

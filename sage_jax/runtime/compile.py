@@ -248,7 +248,7 @@ def _trips(
 ) -> Callable[[str], float]:
     """How often loops over data run at most: all tokens count, and a query sees half its row."""
     tokens = shape.rows * shape.row_length // (mesh.size // mesh.shape["tensor"])
-    head = logprobs.head_chunks(tokens, policy.model.spec.vocab, policy.memory.chunk)
+    head = logprobs.head_chunks(tokens, policy.model.spec.vocab, setup.head_memory(mesh).chunk)
     keys = max(shape.row_length / 2 / attention.BLOCK, 1.0)
     return lambda path: keys if "attention" in path else head
 

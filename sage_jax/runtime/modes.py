@@ -9,6 +9,7 @@ from sage_jax.data import encode
 from sage_jax.generate import pairs as pair_makers
 from sage_jax.report import progress, writers
 from sage_jax.runtime import checkpoint, evaluation, forward, hosts, setup, state, training
+from sage_jax.runtime import mesh as meshes
 
 
 def train(run: config.Run, workdir: pathlib.Path | None) -> int:
@@ -92,7 +93,9 @@ def eval(run: config.Run, workdir: pathlib.Path | None) -> int:
     other = passes = None
     if pairs is not None:
         other = setup.load_reference(run, policy, mesh)
-        passes = forward.Passes(policy, mesh, setup.row_shape(run, pairs.lengths_N2, mesh))
+        share = setup.shares_prompts(run, policy.model, pairs)
+        shape = setup.row_shape(run, pairs.row_lengths(share), mesh, share=share)
+        passes = forward.Passes(policy, mesh, shape)
     evaluator = evaluation.Evaluator(run, policy, held, passes, pairs, other)
     row = evaluator(policy.params)
     _print_evaluation(run, evaluator, row)
@@ -145,7 +148,11 @@ def export(run: config.Run, workdir: pathlib.Path | None) -> int:
     where = checkpoint.directory(run, workdir)
     if not hosts.on_first(where.is_dir):
         raise ValueError(f"--workdir={workdir} holds no checkpoints. Name the workdir of a run.")
-    mesh = setup.make_mesh(run)
+    try:
+        mesh = setup.make_mesh(run)
+    except ValueError:  # trained on other devices than these; where weights lie changes no file
+        mesh = meshes.make_mesh(data=1, fsdp=-1)
+        print(f"The run's mesh does not fit the {mesh.size} devices here: mesh.fsdp={mesh.size}.")
     with checkpoint.Checkpoints(where) as checkpoints:
         at = hosts.agree(checkpoints.latest())
         if at is None:

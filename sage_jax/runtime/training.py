@@ -107,13 +107,14 @@ def fit(run: config.Run, workdir: pathlib.Path, mode: str) -> int:
     _describe(run, parts, workdir)
 
     policy, pairs, held_out = parts.policy, parts.pairs, parts.held_out
-    lengths = pairs.lengths_N2
+    share = setup.shares_prompts(run, policy.model, pairs)
+    lengths = pairs.row_lengths(share)
     if held_out is not None:
-        lengths = np.concatenate([lengths, held_out.lengths_N2])
+        lengths = np.concatenate([lengths, held_out.row_lengths(share)])
     if parts.asked is not None:
         run = resample_plan.settled(run, pairs)
         lengths = resample_plan.planned(run, policy.tokenizer, pairs, parts.asked, lengths)
-    passes = forward.Passes(policy, mesh, setup.row_shape(run, lengths, mesh))
+    passes = forward.Passes(policy, mesh, setup.row_shape(run, lengths, mesh, share=share))
     moved = None
     if run.eval.kl_prompts:
         moved = divergence.Divergence(run, policy, parts.other, pairs)
@@ -127,7 +128,7 @@ def fit(run: config.Run, workdir: pathlib.Path, mode: str) -> int:
     reference = forward.reference_logps(run, policy, passes, pairs, start, parts.other, spent)
     resampler = None
     if parts.asked is not None:
-        longest = int(lengths.sum(axis=1).max())
+        longest = int(lengths.max())
         resampler = resample.Resampler(run, policy, passes, parts.other, parts.asked, longest)
     shared: dict[str, Any] = {
         "policy": policy, "passes": passes, "pairs": pairs, "start": start,
@@ -138,7 +139,7 @@ def fit(run: config.Run, workdir: pathlib.Path, mode: str) -> int:
         label = run.selection.name if mode == "train" else mode
         outcome = loop.Trainer(run, workdir, **shared, label=label).train(stopped)
         twins: dict[str, loop.Outcome] = {}
-        flops_N = counters.pair_flops(policy.model, pairs)
+        flops_N = counters.pair_flops(policy.model, pairs, shared=share)
         for name in [name for name in TWINS if getattr(run.compare, name)]:
             if not [outcome, *twins.values()][-1].finished:
                 break

@@ -176,6 +176,9 @@ class Reference:
 class Checkpoint:
     every: int = 100  # steps; one more is written at the end and on SIGTERM
     keep: int = 2  # checkpoints kept
+    # Where those of this run lie: a directory that all hosts see, or a URI (gs://bucket/run,
+    # s3://bucket/run); "" = WORKDIR/checkpoints
+    directory: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -151,6 +151,15 @@ def _completion_chunk(
     return min(chunk_length(rows, length, vocabulary, budget_bytes), fine)
 
 
+def head_chunks(tokens: int, vocabulary: int, budget_bytes: int) -> int:
+    """How many chunks the head makes of so many tokens on one device, if all of them count.
+
+    >>> head_chunks(8192, 128256, 2**26)
+    64
+    """
+    return math.ceil(tokens / _completion_chunk(1, tokens, vocabulary, budget_bytes))
+
+
 def predictors(hidden_RTD: Array, batch: batches.PackedBatch) -> Array:
     """The hidden states that predict what `targets` says of each position, [R, T, D]."""
     if batch.shared is None:

@@ -351,7 +351,9 @@ class Trainer:
         """Trains to the last step, or until `stopped()`; resumes from the latest checkpoint."""
         settings = self.run.checkpoint
         with checkpoint.Checkpoints(
-            self.workdir / "checkpoints", keep=settings.keep, every=settings.every
+            checkpoint.directory(self.run, self.workdir),
+            keep=settings.keep,
+            every=settings.every,
         ) as checkpoints:
             at = hosts.agree(checkpoints.latest())
             if at is not None:

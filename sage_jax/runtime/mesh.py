@@ -214,8 +214,17 @@ def spread(mesh: Mesh) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
         def run(*arrays: jax.Array) -> Any:
             *tokens, head_DV = arrays
+            dtype = head_DV.dtype
+
+            def local(*arrays: jax.Array) -> Any:
+                *tokens, head_DV = arrays
+                return fn(*tokens, head_DV.astype(dtype))
+
+            if mesh.devices.flat[0].platform == "cpu":
+                # XLA's CPU backend ends the process at a sum of bfloat16 written by shard_map.
+                head_DV = head_DV.astype(np.float32)
             return jax.shard_map(
-                fn,
+                local,
                 mesh=mesh,
                 in_specs=(*[TOKENS] * len(tokens), P()),
                 out_specs=TOKENS,

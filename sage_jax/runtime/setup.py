@@ -17,7 +17,7 @@ import numpy as np
 from sage_jax import config, head, logprobs, losses, scores, step
 from sage_jax.data import encode, steps
 from sage_jax.models import attention, decoder, spec
-from sage_jax.runtime import hosts
+from sage_jax.runtime import chips, hosts
 from sage_jax.runtime import mesh as meshes
 
 LEAST_SHARED = 0.02  # of the tokens that sharing prompts has to save, else it is not done
@@ -72,7 +72,7 @@ def head_memory(mesh: jax.sharding.Mesh | None) -> head.Memory:
     try:
         limit = (device.memory_stats() or {}).get("bytes_limit", 0)
     except (RuntimeError, NotImplementedError, jax.errors.JaxRuntimeError):
-        limit = 0  # of a topology that is not there
+        limit = int(chips.usable_bytes(device.device_kind))  # of a topology that is not there
     least = head.Memory()
     return head.Memory(max(least.chunk, limit // 80), max(least.kept, limit // 10))
 
@@ -87,8 +87,7 @@ def cache_directory(setting: str, name: str) -> pathlib.Path:
 
 def make_mesh(run: config.Run) -> jax.sharding.Mesh:
     """The mesh of the settings, over all devices of all processes."""
-    axes = run.mesh
-    return meshes.make_mesh(data=axes.data, fsdp=axes.fsdp, tensor=axes.tensor)
+    return meshes.make_mesh(**dataclasses.asdict(run.mesh))
 
 
 def load_policy(run: config.Run, mesh: jax.sharding.Mesh, tokenizer: Any = None) -> Policy:

@@ -190,6 +190,8 @@ def twin_run(name: str, run: config.Run, outcome: loop.Outcome, flops_N: np.ndar
         "selection.refresh": 0.0, "selection.scoring_dtype": "", "selection.scoring_tokens": 0,
         "selection.guard": "off", "train.steps": steps,
     }  # fmt: skip
+    if run.checkpoint.directory:
+        changes["checkpoint.directory"] = f"{run.checkpoint.directory}/{name}"
     if name == "uniform":
         changes["curriculum.sharpness"] = 0.0
     return config.replace(run, **changes)

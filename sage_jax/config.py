@@ -78,7 +78,7 @@ class Selection:
     name: str = "sage"  # see rules.RULES, or "module:function"; "uniform" trains on all drawn
     column: str = ""  # data column that dual_margin, rho, implicit_gap, easy_half read; "" = none
     keep: float = -1.0  # share of the pool that is trained on ("uniform": all of it); -1 = 0.33,
-    # but 0.5 where sage meets pairs without the pass_rate that sage-jax sample gives the policy's
+    # but 0.75 where sage meets pairs without the pass_rate that sage-jax sample gives the policy's
     # own answers: those all teach something
     uniform_share: float = -1.0  # share of the kept pairs drawn uniformly, whatever their score;
     # -1 = 0, but 0.5 for sage and pairs without a pass_rate
@@ -240,7 +240,7 @@ RESUMABLE = (
 POOL_BATCHES = 16  # curriculum.pool_size, for a rule that reads scores
 REFRESH = 3 / 16  # selection.refresh, for such a rule: three of these batches
 ON_POLICY = {"kappa": 2.0, "keep": 0.33, "uniform_share": 0.0}  # selection.*, with a pass_rate
-OTHERS = {"kappa": 0.0, "keep": 0.5, "uniform_share": 0.5}  # and without
+OTHERS = {"kappa": 0.0, "keep": 0.75, "uniform_share": 0.5}  # and without
 
 _CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
@@ -658,9 +658,10 @@ def settle_data(run: Run, columns: Mapping[str, Any]) -> Run:
 
     Pairs made of the policy's own answers carry its `pass_rate`. There the tokens' doubt says which
     errors are chance, and some pairs teach much more than others. Where the chosen answers come
-    from elsewhere, doubt says less than the margin itself, and every pair teaches something: half
-    of them at random did better there (benchmarks/results/selection). That is for `sage`, and for
-    `random` beside it; other rules keep what they rank highest of any data.
+    from elsewhere, doubt says less than the margin itself, and every pair teaches something: three
+    quarters of a pool, half of them at random, were what lost to plain DPO on no task
+    (benchmarks/results/selection/exact_settings.md). That is for `sage`, and for `random` beside
+    it; other rules keep what they rank highest of any data.
 
     Args:
         run: the settings.

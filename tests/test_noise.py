@@ -61,6 +61,62 @@ def test_the_posterior_is_the_one_of_bayes():
     assert np.corrcoef(found.log_odds_N, log_odds)[0, 1] > 0.9995
 
 
+def test_held_is_the_mean_of_the_well_supported_estimates_by_their_gains():
+    estimates = [(0.12, 5.0), (0.3, noise.LEAST_GAIN), (0.08, 40.0)]
+    ignored = [(noise.LEAST_SHARE - 1e-6, 100.0), (0.4, noise.LEAST_GAIN - 1e-6), (0.0, 0.0)]
+    shares, gains = np.array(estimates).T
+    for order in ([*estimates, *ignored], [*ignored, *estimates[::-1]]):
+        held = noise.Held()
+        for share, gain in order:
+            held = held.with_estimate(share, gain)
+        assert held.weight == pytest.approx(gains.sum())
+        assert held.share == pytest.approx((gains * shares).sum() / gains.sum())
+
+
+def test_what_is_held_is_the_prior_once_flips_are_learned_by_heart():
+    """No margin is negative any more: nothing is left to estimate, but low margins still tell."""
+    x = np.abs(mirrored(4000, 0.2, seed=9)[0])
+    for doubtful in (noise.Held(), noise.Held(noise.LEAST_HELD - 1e-6, 0.2)):
+        alone = noise.detect(x, doubtful)
+        assert alone.share == 0 and not alone.many and not alone.suspected_N.any()
+        assert alone.held == doubtful
+    held = noise.Held(noise.LEAST_HELD, 0.2)
+    found = noise.detect(x, held)
+    assert found.many and found.held == held and found.share == 0.2
+    likelihood = np.exp(-found.log_odds_N)  # of flipped over right
+    np.testing.assert_allclose(
+        found.posterior_N, 0.2 * likelihood / (0.2 * likelihood + 0.8), atol=1e-12
+    )
+    order = np.argsort(found.log_odds_N)
+    assert found.posterior_N[order[0]] == found.posterior_N.max()
+
+
+def test_a_well_supported_estimate_is_held_and_one_that_says_nothing_forgets_nothing():
+    x, _ = mirrored(4000, 0.2, seed=10)
+    first = noise.detect(x)
+    assert first.held == noise.Held().with_estimate(first.share, first.gain) != noise.Held()
+    assert first.many and first.held.firm
+    earlier = noise.Held(3 * first.gain, 0.4)
+    again = noise.detect(x, earlier)
+    assert again.gain == first.gain  # of the present evidence alone
+    assert again.share == again.held.share == pytest.approx(0.75 * 0.4 + 0.25 * first.share)
+    for nothing in (x[: noise.LEAST_PAIRS - 1], -mirrored(1000, 0.0)[0]):
+        found = noise.detect(nothing, earlier)
+        assert (found.held, found.share, found.many) == (earlier, 0.4, True)
+        assert not found.suspected_N.any()
+        assert noise.detect(nothing, noise.Held(1.0, 0.4)).share == 0
+
+
+def test_a_known_share_gives_the_posterior_of_bayes():
+    mean, deviation, share = 0.9, 0.7, 0.15
+    rng = np.random.default_rng(11)
+    sign = np.where(rng.random(200_000) < share, -1.0, 1.0)
+    x = sign * rng.normal(mean, deviation, len(sign))
+    odds = share / (1 - share) * np.exp(-2 * mean * x / deviation**2)
+    found = noise.detect(x[:, None], noise.Held(1e9, share))
+    np.testing.assert_allclose(found.posterior_N, odds / (1 + odds), atol=0.015)
+
+
 def test_posteriors_are_calibrated():
     x, flipped = mirrored(50_000, 0.2, seed=4)
     found = noise.detect(x)

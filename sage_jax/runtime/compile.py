@@ -269,14 +269,23 @@ def compile_step(lowered: Lowered, machine: Target) -> compile_report.StepReport
             raise
         return compile_report.too_large(lowered, machine, used, time.perf_counter() - start, MARGIN)
     seconds = time.perf_counter() - start
-    text = compiled.as_text()
+    totals, note = None, ""
+    try:
+        totals = hlo.Program(compiled.as_text(), unknown_trips=lowered.trips).totals()
+    except jax.errors.JaxRuntimeError as e:  # written by a libtpu that is newer than jaxlib
+        said = str(e).splitlines()[0]
+        note = (
+            f"The program cannot be read ({said}), so only its memory is known. Install the "
+            f"libtpu that belongs to this jax: pip install 'jax[tpu]=={jax.__version__}'."
+        )
     return compile_report.read(
         lowered,
         machine,
         seconds=seconds,
         memory=compiled.memory_analysis(),
         cost=compiled.cost_analysis() or {},
-        totals=hlo.Program(text, unknown_trips=lowered.trips).totals(),
+        totals=totals,
+        note=note,
         margin=MARGIN,
     )
 

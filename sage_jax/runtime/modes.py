@@ -9,6 +9,7 @@ from sage_jax.data import encode
 from sage_jax.generate import pairs as pair_makers
 from sage_jax.report import progress, writers
 from sage_jax.runtime import checkpoint, evaluation, forward, hosts, setup, state, training
+from sage_jax.runtime import mesh as meshes
 
 
 def train(run: config.Run, workdir: pathlib.Path | None) -> int:
@@ -146,7 +147,11 @@ def export(run: config.Run, workdir: pathlib.Path | None) -> int:
     workdir = training.need(workdir, "export")
     if not hosts.on_first((workdir / "checkpoints").is_dir):
         raise ValueError(f"--workdir={workdir} holds no checkpoints. Name the workdir of a run.")
-    mesh = setup.make_mesh(run)
+    try:
+        mesh = setup.make_mesh(run)
+    except ValueError:  # trained on other devices than these; where weights lie changes no file
+        mesh = meshes.make_mesh(data=1, fsdp=-1)
+        print(f"The run's mesh does not fit the {mesh.size} devices here: mesh.fsdp={mesh.size}.")
     with checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints:
         at = hosts.agree(checkpoints.latest())
         if at is None:

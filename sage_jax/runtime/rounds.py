@@ -15,7 +15,7 @@ import numpy as np
 
 from sage_jax import config, curriculum, losses, noise, rules, scores, selection
 from sage_jax.data import encode, steps
-from sage_jax.runtime import suspicion
+from sage_jax.runtime import hosts, suspicion
 
 # Columns that "auto" takes for the difficulty, and the sign that makes larger mean harder.
 # A pass rate says how hard a problem is for this policy; a level, for people.
@@ -193,6 +193,7 @@ def next_round(
     )
     size = settings.pool_size or len(pairs)
     pool_P = curriculum.draw(memory.drawn, stratum_N, share_K, size, seed=run.seed, round=number)
+    pool_P = hosts.agree(pool_P)  # what is scored is the same everywhere, however margins round
     scored = score_pool(pool_P) if score_pool else None
     rng = np.random.default_rng(np.random.SeedSequence([run.seed, number, 1]))
     ranked = None

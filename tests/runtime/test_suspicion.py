@@ -88,6 +88,7 @@ def known_memory(count, seed=0, share=0.2):
 
 
 def chosen_from(memory, run, job):
+    run = config.settle_data(run, job["pairs"].columns)
     return rounds.next_round(
         1, memory, None, None, run=run, loss=setup.make_loss(run), pairs=job["pairs"],
         shapes=job["passes"].shape.every, score_pool=None,
@@ -198,7 +199,11 @@ def test_plain_dpo_has_no_guard_unless_it_is_asked_for():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sage", "uniform"])
 def test_a_guarded_run_goes_on_bit_for_bit(job, tmp_path, monkeypatch, name):
-    monkeypatch.setattr(noise, "LIKELY", 0.2)  # ten steps say little: accuse early
+    monkeypatch.setattr(noise, "LIKELY", 0.2)  # ten steps say little: accuse early,
+    monkeypatch.setattr(  # and hold something else after each look
+        noise.Held, "with_estimate", lambda held, *_: noise.Held(held.weight + 1, held.share + 0.03)
+    )
+    monkeypatch.setattr(noise, "LEAST_HELD", 1.0)
     run = small_run(**{"selection.name": name, "selection.guard": "suspects"})
     whole, ended = train(job, tmp_path / "whole", run)
     train(job, tmp_path / "parts", run, until=6)
@@ -207,8 +212,10 @@ def test_a_guarded_run_goes_on_bit_for_bit(job, tmp_path, monkeypatch, name):
     jax.tree.map(np.testing.assert_array_equal, whole.memory, resumed.memory)
     jax.tree.map(np.testing.assert_array_equal, whole.round, resumed.round)
     np.testing.assert_array_equal(ended.flips.posterior_N, finished.flips.posterior_N)
+    assert ended.flips.held == finished.flips.held
     if name == "sage":  # plain DPO sees no pair twice in so few steps, so nobody to leave out
         assert sum(row.get("selection/left_out_as_noise", 0.0) for row in ended.rows) > 0
+        assert whole.round.held.weight >= 3  # looks, of which at most two are after step 6
     files = sorted(p.name for p in (tmp_path / "whole/selection").iterdir())
     assert "suspects.jsonl" in files
     for file in files:

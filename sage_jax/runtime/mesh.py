@@ -41,6 +41,9 @@ RULES: Rules = (
     (r"embed/lora_a", P("tensor", None)),
     (r"embed/lora_b", P(None, WEIGHTS)),
     (r"embed", P("tensor", WEIGHTS)),  # [V, D]
+    (r"layers/.*/router/", P()),
+    (r"layers/.*/experts/(gate|up)/", P(None, None, WEIGHTS, "tensor")),  # [L, X, D, F]
+    (r"layers/.*/experts/down/", P(None, None, "tensor", WEIGHTS)),
     (r"layers/.*/(q|k|v|gate|up)/lora_a", P(None, WEIGHTS, None)),
     (r"layers/.*/(q|k|v|gate|up)/lora_b", P(None, None, "tensor")),
     (r"layers/.*/(q|k|v|gate|up)/", P(None, WEIGHTS, "tensor")),

@@ -17,8 +17,8 @@ from sage_jax.runtime import compile as compiler
 from sage_jax.runtime import hlo
 from sage_jax.runtime import mesh as meshes
 
-# Each number is that of one thing only, so that a shape says what it is. The softmax of a row is more
-# than the head may keep for its gradient (`head.Memory.kept`).
+# Each number is that of one thing only, so that a shape says what it is. The softmax of a row is
+# more than the head may keep for its gradient (`head.Memory.kept`).
 WIDTH, FF, VOCABULARY, LENGTH, ROWS = 256, 640, 151_936, 2048, 8
 SPEC = spec.ModelSpec(
     vocab=VOCABULARY, d_model=WIDTH, d_ff=FF, layers=3, heads=2, kv_heads=2, tied=False

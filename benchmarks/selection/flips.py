@@ -80,7 +80,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=0.0, help="0 = what validation gave uniform")
     parser.add_argument("--split", default="test", help="of the problems: test, or eval to tune")
     parser.add_argument("--judge-every", type=int, default=50)
-    parser.add_argument("--finished", action="store_true", help="tables of what ran; nothing is run")
+    parser.add_argument(
+        "--finished", action="store_true", help="tables of what ran; nothing is run"
+    )
     args = parser.parse_args(argv)
     args.methods = args.methods.split(";")
     args.flips = [float(x) for x in args.flips.split(",")]

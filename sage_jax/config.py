@@ -35,6 +35,21 @@ class Model:
     # How attention is computed: auto (by platform and length of the rows), dense, blocks, triton
     # (NVIDIA), tokamax (NVIDIA, a package of its own) or splash (TPU).
     attention: str = "auto"
+    router_aux: float = 0.0  # weight of the load-balancing loss of a mixture of experts; 0 = off,
+    # -1 = what the model's config.json says (router_aux_loss_coef)
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters: only they are trained, the weights of model.path stay as they are."""
+
+    rank: int = 0  # 0 = no adapters, unless lora.path names some
+    alpha: float = 16.0  # adapters count alpha / rank
+    targets: str = "attention/[qkvo]|mlp/"  # regular expression, searched in the names of the
+    # linear maps of a layer: attention/q, k, v, o and mlp/gate, up, down
+    rank_stabilised: bool = False  # alpha / sqrt(rank) instead
+    dora: bool = False  # train the lengths of the output columns apart from their directions
+    path: str = ""  # start from an adapter of PEFT (a directory), which says all of the above
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +196,9 @@ class Reference:
 class Checkpoint:
     every: int = 100  # steps; one more is written at the end and on SIGTERM
     keep: int = 2  # checkpoints kept
+    # Where those of this run lie: a directory that all hosts see, or a URI (gs://bucket/run,
+    # s3://bucket/run); "" = WORKDIR/checkpoints
+    directory: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +211,8 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    dtype: str = "float32"  # of the exported weights: float32 or bfloat16
+    dtype: str = "float32"  # of the exported weights: float32, bfloat16 or float16
+    check: bool = True  # read the files again and compare logits; holds the weights twice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,6 +243,7 @@ class Run:
     checkpoint: Checkpoint = Checkpoint()
     mesh: Mesh = Mesh()
     export: Export = Export()
+    lora: Lora = Lora()
     compare: Compare = Compare()
 
 
@@ -252,7 +272,7 @@ _CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
     "model.attention": ("auto", "dense", "blocks", "triton", "tokamax", "splash"),
-    "export.dtype": ("float32", "bfloat16"),
+    "export.dtype": ("float32", "bfloat16", "float16"),
     "data.on_bad_row": ("error", "skip"),
     "data.share_prompts": ("auto", "on", "off"),
     "loss.name": tuple(losses.LOSSES),
@@ -435,6 +455,28 @@ def _settle(run: Run) -> Run:
     return replace(run, **changes)
 
 
+def _check_lora(run: Run) -> None:
+    own, plain = dataclasses.asdict(run.lora), dataclasses.asdict(Lora())
+    changed = [f"lora.{k}={v!r}" for k, v in own.items() if v != plain[k] and k != "path"]
+    if run.lora.path and changed:
+        raise ValueError(
+            f"config.{changed[0]} is set, but the adapter of config.lora.path={run.lora.path!r} "
+            f"says what it is like. Leave the other settings of lora out."
+        )
+    if changed and not run.lora.rank:
+        raise ValueError(f"config.{changed[0]} needs adapters: set config.lora.rank, to 16 say.")
+    if (run.lora.rank or run.lora.path) and run.model.path == "new":
+        raise ValueError(
+            "config.lora adapts trained weights, and config.model.path='new' has none. Give a "
+            "model, or set config.lora.rank=0."
+        )
+    if run.model.router_aux != -1 and run.model.router_aux < 0:
+        raise ValueError(
+            f"config.model.router_aux={run.model.router_aux} has to be 0 or more, or -1 for what "
+            f"the model's config.json says."
+        )
+
+
 def _check_together(run: Run) -> None:
     """Rules that join several keys. A setting that cannot apply is an error, never ignored."""
     chosen = run.selection
@@ -442,6 +484,7 @@ def _check_together(run: Run) -> None:
     _check_resampling(run)
     _check_scoring(run)
     _check_guard(run)
+    _check_lora(run)
     for axis, size in dataclasses.asdict(run.mesh).items():
         if size == 0 or size < -1:
             raise ValueError(f"config.mesh.{axis}={size} has to be above 0, or -1 for the rest.")

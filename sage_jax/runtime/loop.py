@@ -351,7 +351,9 @@ class Trainer:
         """Trains to the last step, or until `stopped()`; resumes from the latest checkpoint."""
         settings = self.run.checkpoint
         with checkpoint.Checkpoints(
-            self.workdir / "checkpoints", keep=settings.keep, every=settings.every
+            checkpoint.directory(self.run, self.workdir),
+            keep=settings.keep,
+            every=settings.every,
         ) as checkpoints:
             at = hosts.agree(checkpoints.latest())
             if at is not None:
@@ -423,7 +425,7 @@ class Trainer:
                     self._flush()
                     self.clock = time.perf_counter()
                     self.say(f"compiling the step for rows of {length} tokens")
-                self.state, output = self.train_step(self.state, None, given, *nll)
+                self.state, output = self.train_step(self.state, self.policy.frozen, given, *nll)
                 self._compiled(length)
                 self._flush()  # the step before, while this one runs
                 flops = self.counters.count(pair_B[pair_B >= 0], self.flops_N)

@@ -41,6 +41,9 @@ RULES: Rules = (
     (r"embed/lora_a", P("tensor", None)),
     (r"embed/lora_b", P(None, WEIGHTS)),
     (r"embed", P("tensor", WEIGHTS)),  # [V, D]
+    (r"layers/.*/router/", P()),
+    (r"layers/.*/experts/(gate|up)/", P(None, None, WEIGHTS, "tensor")),  # [L, X, D, F]
+    (r"layers/.*/experts/down/", P(None, None, "tensor", WEIGHTS)),
     (r"layers/.*/(q|k|v|gate|up)/lora_a", P(None, WEIGHTS, None)),
     (r"layers/.*/(q|k|v|gate|up)/lora_b", P(None, None, "tensor")),
     (r"layers/.*/(q|k|v|gate|up)/", P(None, WEIGHTS, "tensor")),
@@ -216,8 +219,17 @@ def spread(mesh: Mesh) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
         def run(*arrays: jax.Array) -> Any:
             *tokens, head_DV = arrays
+            dtype = head_DV.dtype
+
+            def local(*arrays: jax.Array) -> Any:
+                *tokens, head_DV = arrays
+                return fn(*tokens, head_DV.astype(dtype))
+
+            if mesh.devices.flat[0].platform == "cpu":
+                # XLA's CPU backend ends the process at a sum of bfloat16 written by shard_map.
+                head_DV = head_DV.astype(np.float32)
             return jax.shard_map(
-                fn,
+                local,
                 mesh=mesh,
                 in_specs=(*[TOKENS] * len(tokens), P()),
                 out_specs=TOKENS,

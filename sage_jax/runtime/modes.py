@@ -49,7 +49,7 @@ def sample(run: config.Run, workdir: pathlib.Path | None) -> int:
     total = len({str(p.prompt) for p in problems}) * settings.per_problem
     with progress.Progress(total, "sampling", "answers") as bar:
         rows, tally = pair_makers.sample_pairs(
-            policy.model, policy.params, policy.tokenizer, problems,
+            policy.model, policy.whole(policy.params), policy.tokenizer, problems,
             check=check, task=name, max_new_tokens=run.eval.max_new_tokens,
             samples=settings.per_problem, per_problem=settings.pairs_per_problem,
             temperature=settings.temperature, top_p=settings.top_p, seed=run.seed,
@@ -145,17 +145,18 @@ def score(run: config.Run, workdir: pathlib.Path | None) -> int:
 def export(run: config.Run, workdir: pathlib.Path | None) -> int:
     """Writes the weights of a run's latest checkpoint to WORKDIR/export."""
     workdir = training.need(workdir, "export")
-    if not hosts.on_first((workdir / "checkpoints").is_dir):
+    where = checkpoint.directory(run, workdir)
+    if not hosts.on_first(where.is_dir):
         raise ValueError(f"--workdir={workdir} holds no checkpoints. Name the workdir of a run.")
     try:
         mesh = setup.make_mesh(run)
     except ValueError:  # trained on other devices than these; where weights lie changes no file
         mesh = meshes.make_mesh(data=1, fsdp=-1)
         print(f"The run's mesh does not fit the {mesh.size} devices here: mesh.fsdp={mesh.size}.")
-    with checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints:
+    with checkpoint.Checkpoints(where) as checkpoints:
         at = hosts.agree(checkpoints.latest())
         if at is None:
-            raise ValueError(f"{workdir / 'checkpoints'} holds no complete checkpoint to export.")
+            raise ValueError(f"{where} holds no complete checkpoint to export.")
         policy = setup.load_policy(run, mesh)
         found, _, _ = checkpoints.restore(at, state.abstract_state(run, policy.params, mesh))
     training.export(workdir / "export", run, policy, found.params)
@@ -189,3 +190,22 @@ def doctor(run: config.Run, workdir: pathlib.Path | None) -> int:
     encoded = encode.encode(found, tokenizer, max_length=run.data.max_length)
     print(doctors.report(found, encoded)[1])
     return 0
+
+
+def compile(
+    run: config.Run,
+    workdir: pathlib.Path | None,
+    *,
+    topology: str = "",
+    steps: str = "",
+    search: bool = True,
+    json: bool = False,
+) -> int:
+    """Compiles a run's steps for a topology that is not there; 3 when one does not fit."""
+    from sage_jax.runtime import compile as compiler
+
+    if workdir is not None:
+        raise ValueError(f"--workdir={workdir}: the mode compile writes nothing. Leave it out.")
+    if not topology:
+        raise ValueError("--topology is missing. Example: --topology=v5e:4x4, or cpu:8.")
+    return compiler.run_mode(run, topology=topology, steps=steps, search=search, as_json=json)

@@ -203,13 +203,17 @@ def twin_run(name: str, run: config.Run, outcome: loop.Outcome, flops_N: np.ndar
         "selection.refresh": 0.0, "selection.scoring_dtype": "", "selection.scoring_tokens": 0,
         "selection.guard": "off", "train.steps": steps,
     }  # fmt: skip
+    if run.checkpoint.directory:
+        changes["checkpoint.directory"] = f"{run.checkpoint.directory}/{name}"
     if name == "uniform":
         changes["curriculum.sharpness"] = 0.0
     return config.replace(run, **changes)
 
 
 def _describe(run: config.Run, parts: _Parts, workdir: pathlib.Path) -> None:
-    size = sum(x.size for x in jax.tree.leaves(parts.policy.params))
+    policy = parts.policy
+    size = sum(x.size for x in jax.tree.leaves(policy.params))
+    below = sum(x.size for x in jax.tree.leaves(policy.frozen))
     pairs, held = parts.pairs, parts.problems
     unit = "rows" if run.loss.name == "sft" else "pairs"
     lost = [f"{n} {why}" for why, n in pairs.dropped.items() if n]
@@ -217,7 +221,7 @@ def _describe(run: config.Run, parts: _Parts, workdir: pathlib.Path) -> None:
     left_out = f"; left out: {', '.join(lost)}" if lost else ""
     lines = [
         ("model", f"{run.model.path}: {parts.policy.model.spec.family}, {size / 1e6:.2f} M "
-                  "parameters"),
+                  "parameters" + (f" on {below / 1e6:.2f} M frozen ones" if below else "")),
         ("data", f"{len(pairs)} {unit}, {pairs.lengths_N2.sum() / len(pairs):.0f} tokens each"
                  f"{left_out}"),
     ]  # fmt: skip
@@ -242,8 +246,16 @@ def _describe(run: config.Run, parts: _Parts, workdir: pathlib.Path) -> None:
 
 
 def export(directory: pathlib.Path, run: config.Run, policy: setup.Policy, params: Any) -> None:
+    """Writes the model, adapters merged into it; they lie by themselves in `adapter` beside it."""
     from sage_jax import models
+    from sage_jax.models import peft_files
 
     models.export(
-        directory, policy.model, params, tokenizer=policy.tokenizer, dtype=run.export.dtype,
+        directory, policy.model, policy.merged(params), tokenizer=policy.tokenizer,
+        dtype=run.export.dtype, check=run.export.check,
     )  # fmt: skip
+    if policy.lora is not None:
+        peft_files.write(
+            directory.parent / "adapter", policy.model.spec, params, policy.lora,
+            base=run.model.path,
+        )  # fmt: skip

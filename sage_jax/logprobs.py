@@ -34,7 +34,8 @@ class SequenceStats(NamedTuple):
 
 # `(hidden_RTD, targets_RT, segment_RT, mask_RT, head_DV) -> (TokenStats, segment_RT, mask_RT)`
 TokenFn = Callable[..., tuple[head.TokenStats, Array, Array]]
-TokenStats, chunk_length = head.TokenStats, head.chunk_length
+TokenStats = head.TokenStats
+chunk_length = head.chunk_length
 
 
 def token_stats(

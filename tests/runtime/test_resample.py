@@ -158,7 +158,7 @@ def test_sampling_counts_in_the_total_and_new_margins_as_scoring(uninterrupted):
     spent, rows = outcome.counters, rows_of(workdir)
     assert spent.flops_sampling > 0 and spent.seconds_sampling > 0
     new = encode.take(trainer.pairs, np.arange(100, len(trainer.pairs)))
-    light = counters.pair_flops(trainer.policy.model, new, light=True).sum()
+    light = counters.pair_flops(trainer.policy.model, new, shared=True).sum()
     assert spent.flops_scoring == pytest.approx(light)
     total = spent.flops_sampling + spent.flops_scoring + spent.flops_training
     assert rows[-1]["flops"] == pytest.approx(total)

@@ -710,6 +710,16 @@ def needs_scores(run: Run) -> bool:
     return rules.resolve(run.selection.name).scores_with(run.selection.column)
 
 
+def sampled(columns: Mapping[str, Any]) -> bool:
+    """Whether pairs were made of the policy's own answers: all carry its `pass_rate`.
+
+    >>> sampled({"pass_rate": [0.5, 0.25]}), sampled({"pass_rate": [0.5, float("nan")]})
+    (True, False)
+    """
+    rate = columns.get("pass_rate")
+    return rate is not None and all(math.isfinite(x) for x in rate)
+
+
 def settle_data(run: Run, columns: Mapping[str, Any]) -> Run:
     """The run with the -1 of `selection.kappa`, `keep`, `uniform_share` replaced, by the data.
 
@@ -729,9 +739,7 @@ def settle_data(run: Run, columns: Mapping[str, Any]) -> Run:
     >>> settle_data(Run(), {"level": [1.0, 2.0]}).selection.kappa
     0.0
     """
-    rate = columns.get("pass_rate")
-    sampled = rate is not None and all(math.isfinite(x) for x in rate)
-    wanted = dict(ON_POLICY if sampled else OTHERS)
+    wanted = dict(ON_POLICY if sampled(columns) else OTHERS)
     if run.selection.name not in ("sage", "random"):  # random: its twin
         wanted |= {k: v for k, v in ON_POLICY.items() if k != "kappa"}
     left = {f"selection.{k}": v for k, v in wanted.items() if getattr(run.selection, k) == -1}

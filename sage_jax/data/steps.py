@@ -64,7 +64,7 @@ def shape(
 
     >>> one = shape(np.full((9, 2), 20), batch_pairs=3)
     >>> one[:3], shape(np.full((9, 2), 20), batch_pairs=3, rows_multiple=2)[:3]
-    ((120, 1, 3), (80, 2, 3))
+    ((40, 3, 3), (40, 4, 3))
     >>> one.every
     (RowShape(row_length=120, rows=1, slots=3, sizes=()),)
     """
@@ -161,7 +161,7 @@ def place(lengths_N2: np.ndarray, pair_KB: np.ndarray, shape: Shape) -> np.ndarr
 
     >>> lengths = np.full((4, 2), 4)
     >>> place(lengths, np.array([[2, 0]]), Shape(16, 2, 2, ())).tolist()
-    [[[2, 0], [-1, -1]]]
+    [[[2, -1], [0, -1]]]
     """
     pair_KRS = np.full((len(pair_KB), shape.rows, shape.slots), -1, np.int32)
     longest = shape.packed.row_length

@@ -35,6 +35,21 @@ class Model:
     # How attention is computed: auto (by platform and length of the rows), dense, blocks, triton
     # (NVIDIA), tokamax (NVIDIA, a package of its own) or splash (TPU).
     attention: str = "auto"
+    router_aux: float = 0.0  # weight of the load-balancing loss of a mixture of experts; 0 = off,
+    # -1 = what the model's config.json says (router_aux_loss_coef)
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters: only they are trained, the weights of model.path stay as they are."""
+
+    rank: int = 0  # 0 = no adapters, unless lora.path names some
+    alpha: float = 16.0  # adapters count alpha / rank
+    targets: str = "attention/[qkvo]|mlp/"  # regular expression, searched in the names of the
+    # linear maps of a layer: attention/q, k, v, o and mlp/gate, up, down
+    rank_stabilised: bool = False  # alpha / sqrt(rank) instead
+    dora: bool = False  # train the lengths of the output columns apart from their directions
+    path: str = ""  # start from an adapter of PEFT (a directory), which says all of the above
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +139,9 @@ class Optim:
     eps: float = 1e-8
     weight_decay: float = 0.0  # not on norms, biases
     clip_norm: float = 1.0  # of the global gradient; 0 = off
+    # adamw, or adafactor, which keeps row and column sums of the squares in place of each (b2 and
+    name: str = "adamw"  # eps do nothing for it): for a model of 8 bytes a parameter less
+    moments_dtype: str = "float32"  # of the mean of gradients: float32 or bfloat16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +149,8 @@ class Train:
     steps: int = 100  # optimizer steps
     batch_pairs: int = 128  # pairs in a step
     accumulate: int = 1  # parts of a step computed one after the other
+    # Directory of compiled programs, so that a run that goes on compiles nothing again; "workdir"
+    compile_cache: str = "workdir"  # = its own compiled/, "" = as JAX is configured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +211,8 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    dtype: str = "float32"  # of the exported weights: float32 or bfloat16
+    dtype: str = "float32"  # of the exported weights: float32, bfloat16 or float16
+    check: bool = True  # read the files again and compare logits; holds the weights twice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,6 +243,7 @@ class Run:
     checkpoint: Checkpoint = Checkpoint()
     mesh: Mesh = Mesh()
     export: Export = Export()
+    lora: Lora = Lora()
     compare: Compare = Compare()
 
 
@@ -230,6 +252,7 @@ class Run:
 RESUMABLE = (
     "checkpoint.",
     "mesh.",
+    "train.compile_cache",
     "reference.store",
     "reference.spot_check",
     "data.cache",
@@ -249,7 +272,7 @@ _CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
     "model.attention": ("auto", "dense", "blocks", "triton", "tokamax", "splash"),
-    "export.dtype": ("float32", "bfloat16"),
+    "export.dtype": ("float32", "bfloat16", "float16"),
     "data.on_bad_row": ("error", "skip"),
     "data.share_prompts": ("auto", "on", "off"),
     "loss.name": tuple(losses.LOSSES),
@@ -257,6 +280,8 @@ _CHOICES = {
     "selection.margin": ("likelihood", "reward"),
     "selection.guard": ("", *noise.GUARDS),
     "optim.schedule": ("cosine", "linear", "constant"),
+    "optim.name": ("adamw", "adafactor"),
+    "optim.moments_dtype": ("float32", "bfloat16"),
     "eval.split": ("train", "eval", "test"),
     "rounds.replace": ("none", "oldest", "all"),
     "eval.verify": ("auto", "exact", "number", "math"),
@@ -430,6 +455,28 @@ def _settle(run: Run) -> Run:
     return replace(run, **changes)
 
 
+def _check_lora(run: Run) -> None:
+    own, plain = dataclasses.asdict(run.lora), dataclasses.asdict(Lora())
+    changed = [f"lora.{k}={v!r}" for k, v in own.items() if v != plain[k] and k != "path"]
+    if run.lora.path and changed:
+        raise ValueError(
+            f"config.{changed[0]} is set, but the adapter of config.lora.path={run.lora.path!r} "
+            f"says what it is like. Leave the other settings of lora out."
+        )
+    if changed and not run.lora.rank:
+        raise ValueError(f"config.{changed[0]} needs adapters: set config.lora.rank, to 16 say.")
+    if (run.lora.rank or run.lora.path) and run.model.path == "new":
+        raise ValueError(
+            "config.lora adapts trained weights, and config.model.path='new' has none. Give a "
+            "model, or set config.lora.rank=0."
+        )
+    if run.model.router_aux != -1 and run.model.router_aux < 0:
+        raise ValueError(
+            f"config.model.router_aux={run.model.router_aux} has to be 0 or more, or -1 for what "
+            f"the model's config.json says."
+        )
+
+
 def _check_together(run: Run) -> None:
     """Rules that join several keys. A setting that cannot apply is an error, never ignored."""
     chosen = run.selection
@@ -437,6 +484,7 @@ def _check_together(run: Run) -> None:
     _check_resampling(run)
     _check_scoring(run)
     _check_guard(run)
+    _check_lora(run)
     for axis, size in dataclasses.asdict(run.mesh).items():
         if size == 0 or size < -1:
             raise ValueError(f"config.mesh.{axis}={size} has to be above 0, or -1 for the rest.")
@@ -453,6 +501,12 @@ def _check_together(run: Run) -> None:
             f"selection.keep to {min(1.0, run.train.batch_pairs / pool):.2f} or "
             f"curriculum.pool_size to {-int(-run.train.batch_pairs // kept_share(run))}."
         )
+    for key in ("b2", "eps") if run.optim.name == "adafactor" else ():
+        if getattr(run.optim, key) != getattr(Optim, key):
+            raise ValueError(
+                f"config.optim.{key}={getattr(run.optim, key)} does nothing for optim.name="
+                f"'adafactor'. Use 'adamw', or leave it at {getattr(Optim, key)}."
+            )
     if run.loss.label_smoothing and run.loss.name not in ("sigmoid", "robust"):
         raise ValueError(
             f"config.loss.label_smoothing={run.loss.label_smoothing} does nothing for "
@@ -656,6 +710,16 @@ def needs_scores(run: Run) -> bool:
     return rules.resolve(run.selection.name).scores_with(run.selection.column)
 
 
+def sampled(columns: Mapping[str, Any]) -> bool:
+    """Whether pairs were made of the policy's own answers: all carry its `pass_rate`.
+
+    >>> sampled({"pass_rate": [0.5, 0.25]}), sampled({"pass_rate": [0.5, float("nan")]})
+    (True, False)
+    """
+    rate = columns.get("pass_rate")
+    return rate is not None and all(math.isfinite(x) for x in rate)
+
+
 def settle_data(run: Run, columns: Mapping[str, Any]) -> Run:
     """The run with the -1 of `selection.kappa`, `keep`, `uniform_share` replaced, by the data.
 
@@ -675,9 +739,7 @@ def settle_data(run: Run, columns: Mapping[str, Any]) -> Run:
     >>> settle_data(Run(), {"level": [1.0, 2.0]}).selection.kappa
     0.0
     """
-    rate = columns.get("pass_rate")
-    sampled = rate is not None and all(math.isfinite(x) for x in rate)
-    wanted = dict(ON_POLICY if sampled else OTHERS)
+    wanted = dict(ON_POLICY if sampled(columns) else OTHERS)
     if run.selection.name not in ("sage", "random"):  # random: its twin
         wanted |= {k: v for k, v in ON_POLICY.items() if k != "kappa"}
     left = {f"selection.{k}": v for k, v in wanted.items() if getattr(run.selection, k) == -1}

@@ -44,6 +44,16 @@ class Settings(NamedTuple):
     keep: bool  # keep the softmax for the backward pass
     logit_norm: bool
     light: bool  # log-probabilities, and logit_norm if asked for, alone
+    softcap: float = 0.0  # bound of the logits, see `cap`; 0 = none
+
+
+def cap(logits: Any, softcap: float) -> Any:
+    """Keeps logits within a bound: softcap * tanh(logits / softcap); 0 leaves them as they are.
+
+    >>> float(cap(jnp.float32(100.0), 30.0)) < 30.0
+    True
+    """
+    return softcap * jnp.tanh(logits / softcap) if softcap else logits
 
 
 def chunk_length(rows: int, length: int, vocabulary: int, budget_bytes: int = 2**26) -> int:
@@ -114,12 +124,12 @@ def _onto(whole: Any, part: Any, i: Any) -> Any:
     return jax.lax.dynamic_update_slice_in_dim(whole, part, i * part.shape[1], 1)
 
 
-def _logits(hidden_NCD: Any, head_DV: Any) -> Any:
+def _logits(hidden_NCD: Any, head_DV: Any, softcap: float) -> Any:
     # float32 accumulation whatever the dtype of the inputs. Rows and tokens are merged: XLA's CPU
     # backend contracts two axes slowly. The sharded axis stays the major one.
     flat = hidden_NCD.reshape(-1, hidden_NCD.shape[-1])
     logits = jnp.matmul(flat, head_DV, preferred_element_type=jnp.float32)
-    return logits.reshape(*hidden_NCD.shape[:-1], -1)
+    return cap(logits.reshape(*hidden_NCD.shape[:-1], -1), softcap)
 
 
 def _of_chunk(logits: Any, targets: Any, settings: Settings) -> tuple[TokenStats, Any]:
@@ -140,11 +150,14 @@ def _of_chunk(logits: Any, targets: Any, settings: Settings) -> tuple[TokenStats
     return TokenStats(logp, entropy, logits.mean(axis=-1), hit, norm), lse
 
 
-def _excess(logits: Any, lse: Any, targets: Any, dtype: Any) -> Any:
-    """p - e_y, in the dtype that the backward pass multiplies."""
+def _excess(logits: Any, lse: Any, targets: Any, dtype: Any, softcap: float) -> Any:
+    """p - e_y, in the dtype that the backward pass multiplies; times the slope of the bound."""
     at = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
     hot = (at == targets[..., None]).astype(jnp.float32)
-    return (jnp.exp(logits - lse[..., None]) - hot).astype(dtype)
+    excess = jnp.exp(logits - lse[..., None]) - hot
+    if softcap:  # of softcap * tanh(x / softcap)
+        excess *= 1.0 - jnp.square(logits / softcap)
+    return excess.astype(dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -158,12 +171,12 @@ def _forward(hidden, head, targets, count, settings, *, keep):
 
     def one(i, carry):
         found, lse, kept = carry
-        logits = _logits(_slice(hidden, i, chunk), head)
+        logits = _logits(_slice(hidden, i, chunk), head, settings.softcap)
         wanted = _slice(targets, i, chunk)
         part, part_lse = _of_chunk(logits, wanted, settings)
         found = TokenStats(*(_onto(x, y, i) for x, y in zip(found, part, strict=True)))
         if keep:
-            kept = _onto(kept, _excess(logits, part_lse, wanted, hidden.dtype), i)
+            kept = _onto(kept, _excess(logits, part_lse, wanted, hidden.dtype, settings.softcap), i)
         return found, _onto(lse, part_lse, i), kept
 
     zero = jnp.zeros((rows, length), jnp.float32)
@@ -196,8 +209,9 @@ def _backward(settings, residuals, slopes):
         if settings.keep:
             excess = _slice(kept, i, chunk)
         else:
-            logits, wanted = _logits(part, head), _slice(targets, i, chunk)
-            excess = _excess(logits, _slice(lse, i, chunk), wanted, hidden.dtype)
+            logits = _logits(part, head, settings.softcap)
+            wanted = _slice(targets, i, chunk)
+            excess = _excess(logits, _slice(lse, i, chunk), wanted, hidden.dtype, settings.softcap)
         flat = excess.reshape(-1, excess.shape[-1])
         back = jnp.matmul(flat, head.T, preferred_element_type=jnp.float32)
         new = -factor * back.reshape(part.shape)

@@ -34,7 +34,8 @@ class SequenceStats(NamedTuple):
 
 # `(hidden_RTD, targets_RT, segment_RT, mask_RT, head_DV) -> (TokenStats, segment_RT, mask_RT)`
 TokenFn = Callable[..., tuple[head.TokenStats, Array, Array]]
-TokenStats, chunk_length = head.TokenStats, head.chunk_length
+TokenStats = head.TokenStats
+chunk_length = head.chunk_length
 
 
 def token_stats(
@@ -44,6 +45,7 @@ def token_stats(
     *,
     chunk: int | None = None,
     logit_norm: bool = False,
+    softcap: float = 0.0,
     memory: head.Memory = MEMORY,
 ) -> TokenStats:
     """Statistics of each target token under the model's next-token distribution.
@@ -54,6 +56,7 @@ def token_stats(
         targets_RT: int32, the token that position t is to predict.
         chunk: tokens of each row per chunk; None chooses by `chunk_length`.
         logit_norm: also compute the squared norm of the logit-space gradient.
+        softcap: bound of the logits, see `head.cap`; 0 = none.
         memory: what the head may take on one device.
 
     Returns:
@@ -68,7 +71,7 @@ def token_stats(
     vocabulary, itemsize = head_DV.shape[-1], jnp.dtype(hidden_RTD.dtype).itemsize
     chunk = chunk or chunk_length(rows, length, vocabulary, memory.chunk)
     keep = head.keeps(rows, length, vocabulary, itemsize, memory.kept)
-    settings = head.Settings(chunk, keep, logit_norm, light=False)
+    settings = head.Settings(chunk, keep, logit_norm, light=False, softcap=softcap)
     return head.stats(hidden_RTD, head_DV, targets_RT, length, settings)
 
 
@@ -80,6 +83,7 @@ def completion_stats(
     *,
     chunk: int | None = None,
     logit_norm: bool = False,
+    softcap: float = 0.0,
     light: bool = False,
     joined: bool = False,
     memory: head.Memory = MEMORY,
@@ -96,6 +100,7 @@ def completion_stats(
         mask_RT: float32, 1 where the target counts.
         chunk: tokens of each row per chunk; None chooses at most a sixteenth of a row.
         logit_norm: also compute the squared norm of the logit-space gradient.
+        softcap: bound of the logits, see `head.cap`; 0 = none.
         light: compute `logp_RT` and, if asked for, `logit_norm_RT` alone; the other fields are 0.
         joined: gather over all rows at once. For rows that lie on one device: then no row's loop
             waits for the fullest one.
@@ -121,6 +126,7 @@ def completion_stats(
         head.keeps(rows, length, vocabulary, itemsize, memory.kept),
         logit_norm,
         light,
+        softcap,
     )
     order_RT = jnp.argsort(mask_RT <= 0, axis=1, stable=True)
     found = head.stats(
@@ -273,9 +279,11 @@ def make_logps_fn(
     *,
     chunk: int | None = None,
     logit_norm: bool = False,
+    softcap: float = 0.0,
     light: bool = False,
     spread: Callable[[TokenFn], TokenFn] | None = None,
     memory: head.Memory = MEMORY,
+    penalty: bool = False,
 ) -> LogpsFn:
     """Makes the function that every step takes, from a model's body and its output projection.
 
@@ -288,12 +296,16 @@ def make_logps_fn(
         head_fn: `(params, frozen) -> head_DV`.
         chunk: tokens of each row per chunk of logits; None chooses.
         logit_norm: also compute the squared norm of the logit-space gradient.
+        softcap: bound of the logits, see `head.cap`; 0 = none.
         light: for scoring: `entropy`, `mean_logit` and `hits` are not computed but 0.
         spread: gives the head to devices that share rows and tokens, such as a `jax.shard_map` of
             the function over both: its arrays are [R, T, ...], and the head is last. Left to the
             compiler, the head's gradient would be summed over devices once a chunk. None: one
             device, or the compiler's choice.
         memory: what the head may take on one device; with more of it, it computes less twice.
+        penalty: `hidden_fn` returns a pair: the hidden states, and a scalar to be added to the
+            loss (the load balance of experts); the result is then a pair as well, see
+            `step.make_train_step`.
 
     Returns:
         A pure function `(params, frozen, batch) -> SequenceStats` of [R, S, 2] arrays.
@@ -307,17 +319,21 @@ def make_logps_fn(
     def per_token(hidden_RTD, targets_RT, segment_RT, mask_RT, head_DV):
         tokens = completion_stats(
             hidden_RTD, head_DV, targets_RT, mask_RT,
-            chunk=chunk, logit_norm=logit_norm, light=light, joined=joined, memory=memory,
+            chunk=chunk, logit_norm=logit_norm, softcap=softcap, light=light, joined=joined,
+            memory=memory,
         )  # fmt: skip
         return tokens, segment_RT, mask_RT
 
     per_token = per_token if spread is None else spread(per_token)
 
-    def logps_fn(params, frozen, batch: batches.PackedBatch) -> SequenceStats:
-        hidden_RTD = predictors(hidden_fn(params, frozen, batch), batch)
+    def logps_fn(params, frozen, batch: batches.PackedBatch):
+        found: Any = hidden_fn(params, frozen, batch)
+        hidden_RTD, extra = found if penalty else (found, None)
+        hidden_RTD = predictors(hidden_RTD, batch)
         tokens, segment_RT, mask_RT = per_token(
             hidden_RTD, *targets(batch), head_fn(params, frozen)
         )
-        return sequence_stats(tokens, segment_RT, mask_RT, batch.pair_RS.shape[1])
+        stats = sequence_stats(tokens, segment_RT, mask_RT, batch.pair_RS.shape[1])
+        return (stats, extra) if penalty else stats
 
     return logps_fn

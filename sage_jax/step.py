@@ -211,6 +211,7 @@ def make_train_step(
     token_weighted: bool = False,
     accumulate: int = 1,
     beta_alpha: float | None = None,
+    penalty_weight: float = 0.0,
 ):
     """Makes one optimizer step over packed rows.
 
@@ -229,6 +230,9 @@ def make_train_step(
             Gradients add up to those of the whole batch.
         beta_alpha: adapts beta to each batch, see `adapt_beta`; None = a constant beta. Needs a
             state made with `adaptive_beta`, and reports `selection/beta`.
+        penalty_weight: adds this times a scalar that `logps_fn` returns beside its statistics, such
+            as the load balance of experts, and reports that as `router_aux`; 0 = it returns
+            statistics alone.
 
     Returns:
         An un-jitted `step(state, frozen, batch, nll_now=nll_weight) -> (TrainState, StepOutput)`;
@@ -274,7 +278,8 @@ def make_train_step(
         return adapt_beta(beta, margin_RS, weight_RS, beta=loss.beta, alpha=beta_alpha)
 
     def part_objective(params, frozen, part, total_weight, nll_now, beta):
-        stats = logps_fn(params, frozen, part)
+        found: Any = logps_fn(params, frozen, part)
+        stats, penalty = found if penalty_weight else (found, None)
         seen = jax.lax.stop_gradient(stats)
         pairs = None if score_fn is None else score_fn(seen, part.ref_logps_RS2)
         weight_RS = _pair_weight(part, seen.tokens[..., 0] if token_weighted else None)
@@ -286,7 +291,11 @@ def make_train_step(
         )
         # where, not *: an empty slot adds exactly 0, whatever the loss makes of its zeros.
         loss_RS = jnp.where(weight_RS > 0, loss_RS, 0.0)
-        return jnp.sum(loss_RS * weight_RS) / total_weight, (seen, pairs, factor, beta)
+        value = jnp.sum(loss_RS * weight_RS) / total_weight
+        if penalty is not None:  # the parts' mean, kept row by row like the other results
+            value = value + penalty_weight * penalty / accumulate
+            penalty = jnp.broadcast_to(penalty, part.tokens_RT.shape[:1])
+        return value, (seen, pairs, factor, beta, penalty)
 
     grad_fn = jax.value_and_grad(part_objective, has_aux=True)
 
@@ -319,7 +328,7 @@ def make_train_step(
     ):
         weight_RS = _pair_weight(batch, _chosen_tokens(batch) if token_weighted else None)
         total_weight = jnp.maximum(weight_RS.sum(), 1e-8)
-        (value, (stats, pairs, factor, beta)), grads = whole(
+        (value, (stats, pairs, factor, beta, penalty)), grads = whole(
             state.params, frozen, batch, total_weight, nll_now, state.beta
         )
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -330,6 +339,8 @@ def make_train_step(
             "num_tokens": jnp.sum(batch.segment_RT > 0).astype(jnp.float32),
             **pair_metrics(stats, batch.ref_logps_RS2, weight_RS, loss.beta),
         }
+        if penalty is not None:
+            metrics["router_aux"] = jnp.mean(penalty)
         if factor is not None:
             metrics["selection/beta"] = loss.beta * factor
         return TrainState(state.step + 1, params, opt_state, beta), StepOutput(metrics, pairs)

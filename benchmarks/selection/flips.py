@@ -80,7 +80,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=0.0, help="0 = what validation gave uniform")
     parser.add_argument("--split", default="test", help="of the problems: test, or eval to tune")
     parser.add_argument("--judge-every", type=int, default=50)
-    parser.add_argument("--finished", action="store_true", help="tables of what ran; nothing is run")
+    parser.add_argument("--finished", action="store_true", help="tables of what ran, and no run")
     args = parser.parse_args(argv)
     args.methods = args.methods.split(";")
     args.flips = [float(x) for x in args.flips.split(",")]
@@ -141,7 +141,8 @@ def main() -> None:
             m: {f"{t}/{s}": c for (t, s), c in each.items()} for m, each in by.items()
         }
     lab.write(args.out, __doc__.split("\n")[0], tables, {
-        "worlds": sorted({f"{t}/{s}/{f:g}" for t, s, f, _ in jobs}), "tasks": tasks, "lr": args.lr, "split": args.split, "detector": found,
+        "worlds": sorted({f"{t}/{s}/{f:g}" for t, s, f, _ in jobs}), "tasks": tasks,
+        "lr": args.lr, "split": args.split, "detector": found,
         "curves": all_curves,
     }, done)  # fmt: skip
     print("\n\n".join(tables))

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from sage_jax import logprobs
+from sage_jax import head, logprobs
 from sage_jax.generate import sampler
 
 
@@ -29,12 +29,15 @@ class SampledKL(NamedTuple):
     tokens_B: jax.Array | np.ndarray  # its tokens, the end token counted
 
 
-def _of_chunk(hidden, head_DV, ref_hidden, ref_head_DV, targets) -> tuple[jax.Array, jax.Array]:
-    def log_probs(hidden, head_DV):
+def _of_chunk(
+    hidden, head_DV, ref_hidden, ref_head_DV, targets, softcaps
+) -> tuple[jax.Array, jax.Array]:
+    def log_probs(hidden, head_DV, softcap):
         logits = jnp.matmul(hidden, head_DV, preferred_element_type=jnp.float32)
-        return jax.nn.log_softmax(logits, axis=-1)
+        return jax.nn.log_softmax(head.cap(logits, softcap), axis=-1)
 
-    ours, theirs = log_probs(hidden, head_DV), log_probs(ref_hidden, ref_head_DV)
+    ours = log_probs(hidden, head_DV, softcaps[0])
+    theirs = log_probs(ref_hidden, ref_head_DV, softcaps[1])
     ratio = ours - theirs
     kl = jnp.sum(jnp.exp(ours) * ratio, axis=-1)
     return kl, jnp.take_along_axis(ratio, targets[..., None], axis=-1)[..., 0]
@@ -48,6 +51,7 @@ def token_kl(
     targets_BT: jax.Array,
     *,
     chunk: int | None = None,
+    softcaps: tuple[float, float] = (0.0, 0.0),
 ) -> tuple[jax.Array, jax.Array]:
     """Compares two next-token distributions at every position, without whole logits in memory.
 
@@ -56,6 +60,7 @@ def token_kl(
         ref_hidden_BTD, ref_head_DV: those of the reference, over the same vocabulary.
         targets_BT: int32, the token that came next.
         chunk: positions at a time; None chooses by `logprobs.chunk_length`.
+        softcaps: bounds of the two models' logits, see `head.cap`.
 
     Returns:
         float32 [B, T]: KL(pi || pi_ref) over the vocabulary, and log pi - log pi_ref of the token.
@@ -77,7 +82,7 @@ def token_kl(
         return jnp.moveaxis(x.reshape(rows, count, chunk, *x.shape[2:]), 1, 0)
 
     found = jax.lax.map(
-        lambda part: _of_chunk(part[0], head_DV, part[1], ref_head_DV, part[2]),
+        lambda part: _of_chunk(part[0], head_DV, part[1], ref_head_DV, part[2], softcaps),
         (cut(hidden_BTD), cut(ref_hidden_BTD), cut(targets_BT)),
     )
     kl, ratio = (jnp.moveaxis(x, 0, 1).reshape(rows, count * chunk)[:, :length] for x in found)
@@ -127,7 +132,12 @@ def make_sampled_kl(
             for m, p in ((model, params), (reference, ref_params))
         )
         kl_BN, ratio_BN = token_kl(
-            hidden, model.head(params), ref_hidden, reference.head(ref_params), drawn.tokens_BN
+            hidden,
+            model.head(params),
+            ref_hidden,
+            reference.head(ref_params),
+            drawn.tokens_BN,
+            softcaps=(model.softcap, reference.softcap),
         )
         kl_B, ratio_B = (jnp.where(counted_BN, x, 0.0).sum(axis=1) for x in (kl_BN, ratio_BN))
         return SampledKL(kl_B, ratio_B, tokens_B.astype(jnp.float32))

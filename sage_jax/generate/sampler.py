@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from sage_jax import head
 from sage_jax.generate import prompting
 
 Params = Any
@@ -102,7 +103,8 @@ def make_sampler(
     column is true), key_B one PRNG key per sequence. The loop ends as soon as all have ended.
 
     Args:
-        model: a `models.Model`, or anything with its `init_cache`, `prefill`, `decode` and `head`.
+        model: a `models.Model`, or anything with its `init_cache`, `prefill`, `decode`, `head` and
+            `softcap`.
         max_new_tokens: the most tokens a completion may have, end token included.
         eos_id: the token that ends a completion, or several such.
         temperature: divides the logits; 0 = greedy.
@@ -127,6 +129,7 @@ def make_sampler(
 
         def next_token(hidden_BD: jax.Array, t: jax.Array | int, done_B: jax.Array) -> jax.Array:
             logits_BV = jnp.matmul(hidden_BD, head_DV, preferred_element_type=jnp.float32)
+            logits_BV = head.cap(logits_BV, model.softcap)
             step_key_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, t)
             return jnp.where(done_B, 0, choose(logits_BV, step_key_B))
 

@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from sage_jax.models.exporter import export as export
     from sage_jax.models.fingerprints import fingerprint as fingerprint
     from sage_jax.models.hf import load as load
+    from sage_jax.models.rope import RopeScaling as RopeScaling
     from sage_jax.models.spec import ModelSpec as ModelSpec
-    from sage_jax.models.spec import RopeScaling as RopeScaling
     from sage_jax.models.tokenizer import load_tokenizer as load_tokenizer
 
 _HOME = {
     "Cache": "decoder",
     "Model": "decoder",
     "ModelSpec": "spec",
-    "RopeScaling": "spec",
+    "RopeScaling": "rope",
     "export": "exporter",
     "fingerprint": "fingerprints",
     "load": "hf",

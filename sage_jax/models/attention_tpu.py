@@ -34,9 +34,9 @@ def _kernel(
     shape = (length, length)
     mask: Any = splash.CausalMask(shape)
     if ahead:
-        mask: Any = splash.LocalMask(shape, (0, None), 0)
+        mask = splash.LocalMask(shape, (0, None), 0)
     elif window:
-        mask: Any = splash.LocalMask(shape, (window - 1, 0), 0)
+        mask = splash.LocalMask(shape, (window - 1, 0), 0)
     sizes = splash.BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=block,
         block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,

@@ -5,8 +5,11 @@ axis of everything under `layers` = layer), which is what sharding rules and dec
 
     embed/embedding                                 [V, D]
     layers/attention/{q,k,v,o}/{kernel,bias}        [L, in, out], [L, out]
+    layers/attention/{q_norm,k_norm}/scale          [L, E], [L, H * E] or [L, G * E]
     layers/mlp/{gate,up,down}/{kernel,bias}
-    layers/{attention_norm,mlp_norm}/scale          [L, D]
+    layers/mlp/router/kernel                        [L, D, X], mixtures of experts only
+    layers/mlp/experts/{gate,up,down}/kernel        [L, X, in, out], in the place of mlp/gate ...
+    layers/{attention,attention_post,mlp,mlp_post}_norm/scale    [L, D], those the family has
     final_norm/scale                                [D]
     lm_head/kernel                                  [D, V], untied models only
 """
@@ -14,6 +17,7 @@ axis of everything under `layers` = layer), which is what sharding rules and dec
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,11 +26,13 @@ import jax
 import jax.numpy as jnp
 
 from sage_jax import batch
-from sage_jax.models import attention, attention_blocks, layers
+from sage_jax import head as heads
+from sage_jax.models import attention, attention_blocks, layers, moe
 from sage_jax.models import spec as spec_lib
 
 Params = Any  # nested dict of arrays
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+STORED = DTYPES | {"float16": jnp.float16}  # what weights may be written in
 _policies = jax.checkpoint_policies
 REMAT: dict[str, Any] = {
     "none": None,  # keep every intermediate
@@ -62,7 +68,9 @@ class Decoder(nn.Module):
         seen: layers.Seen,
         past: layers.KeyValue | None = None,
         keep: bool = False,
-    ) -> tuple[jax.Array, layers.KeyValue | None]:
+        long_BT: jax.Array | bool = False,
+        real_BT: jax.Array | None = None,
+    ) -> tuple[jax.Array, layers.KeyValue | None, moe.Balance | None]:
         spec = self.spec
         embed = nn.Embed(
             spec.vocab,
@@ -72,6 +80,8 @@ class Decoder(nn.Module):
             name="embed",
         )
         x_BTD = embed(tokens_BT)
+        if spec_lib.FAMILIES[spec.family].embed_scaled:
+            x_BTD = x_BTD * jnp.asarray(spec.d_model**0.5, self.dtype)
         if self.constrain is not None:
             x_BTD = self.constrain(x_BTD)
         block: Any = layers.Block
@@ -82,12 +92,14 @@ class Decoder(nn.Module):
             length=spec.layers,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
+            in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
         )(spec, self.dtype, keep, self.constrain, self.kernel, name="layers")
-        x_BTD, own = stack(x_BTD, past, layers.rotation(spec, position_BT), seen)
+        length = tokens_BT.shape[1] if past is None else past[0].shape[2]
+        turns = layers.rotation(spec, position_BT, long_BT)
+        x_BTD, (own, balance) = stack(x_BTD, layers.kinds(spec, length), past, turns, seen, real_BT)
         if not spec.tied and self.is_initializing():
             _Head(spec, name="lm_head")()
-        return layers.RMSNorm(spec.norm_eps, self.dtype, name="final_norm")(x_BTD), own
+        return layers.norm(spec, self.dtype, "final_norm")(x_BTD), own, balance
 
 
 class _Head(nn.Module):
@@ -112,7 +124,7 @@ class Model:
         on CPU too, where storing every intermediate costs more than computing it) or "full".
       constrain: applied to the residual stream [R, T, D] after the embedding and after each layer;
         under a mesh, a function that calls `jax.lax.with_sharding_constraint`. None: nothing.
-      kernel: how attention is computed, and over which devices.
+      kernel: how attention is computed, and over which devices; experts run over the same.
       gather: applied to the embedding, in the compute dtype, before tokens are looked up; under a
         mesh, a function that says where it lies. None: nothing.
 
@@ -153,11 +165,13 @@ class Model:
         variables = model._module.init(key, one, one, attention.causal(one, one))
         return variables["params"]
 
-    def _apply(self, params: Params, *args: Any) -> tuple[jax.Array, layers.KeyValue | None]:
+    def _apply(
+        self, params: Params, *args: Any, **kwargs: Any
+    ) -> tuple[jax.Array, layers.KeyValue | None, moe.Balance | None]:
         if self.gather is not None:
             table = self.gather(params["embed"]["embedding"].astype(DTYPES[self.dtype]))
             params = {**params, "embed": {**params["embed"], "embedding": table}}
-        return self._module.apply({"params": params}, *args)  # type: ignore[return-value]
+        return self._module.apply({"params": params}, *args, **kwargs)  # type: ignore[return-value]
 
     def hidden(
         self,
@@ -177,15 +191,71 @@ class Model:
           shared: what each token sees in rows with shared prompts; None: as `segment_RT` says.
 
         Returns:
-          [R, T, D] in the compute dtype; finite but meaningless at padding.
+          [R, T, D] in the compute dtype; finite but meaningless at padding. Where the rotary
+          factors depend on the length of a sequence (longrope), two answers that share their prompt
+          take those of the longer one.
         """
-        seen = attention.causal(segment_RT, position_RT)
+        return self._rows(params, tokens_RT, position_RT, segment_RT, shared)[0]
+
+    def hidden_and_penalty(
+        self,
+        params: Params,
+        tokens_RT: jax.Array,
+        position_RT: jax.Array,
+        segment_RT: jax.Array,
+        shared: batch.Shared | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """`hidden`, and the load-balancing loss of a mixture of experts over the real tokens.
+
+        Returns:
+          Hidden states [R, T, D], and float32 [], see `moe.balance_loss`.
+
+        Raises:
+          ValueError: the model has no experts.
+        """
+        if not self.spec.experts:
+            raise ValueError(
+                f"A {self.spec.family} model has no experts, whose load could be balanced. Use "
+                f"`hidden`."
+            )
+        hidden_RTD, _, balance = self._rows(
+            params, tokens_RT, position_RT, segment_RT, shared, real_BT=segment_RT > 0
+        )
+        assert balance is not None
+        return hidden_RTD, moe.balance_loss(balance)
+
+    def _rows(
+        self,
+        params: Params,
+        tokens_RT: jax.Array,
+        position_RT: jax.Array,
+        segment_RT: jax.Array,
+        shared: batch.Shared | None,
+        **kwargs: Any,
+    ) -> tuple[jax.Array, layers.KeyValue | None, moe.Balance | None]:
+        seen, together_RT = attention.causal(segment_RT, position_RT), segment_RT
         if shared is not None:
             first_RT, last_RT = jnp.asarray(shared.first_RT), jnp.asarray(shared.last_RT)
             ahead_RT = jax.lax.cummax(last_RT, axis=1)
             seen = attention.Visible(first_RT, last_RT, seen.position_RT, ahead_RT)
-        hidden_RTD, _ = self._apply(params, tokens_RT, position_RT, seen)
-        return hidden_RTD
+            together_RT = (segment_RT + 1) // 2  # both sides of a pair
+        long_RT: jax.Array | bool = False
+        if self._context < tokens_RT.shape[1]:
+            long_RT = _longest(position_RT, together_RT) >= self._context
+        return self._apply(params, tokens_RT, position_RT, seen, long_BT=long_RT, **kwargs)
+
+    @property
+    def _context(self) -> float:
+        """Tokens beyond which a sequence turns by longrope's other factors."""
+        scaling = self.spec.rope_scaling
+        if scaling is None or scaling.kind != "longrope":
+            return math.inf
+        return scaling.original_max_positions
+
+    @property
+    def softcap(self) -> float:
+        """What the output logits are capped by, see `head.cap`; 0 = not at all."""
+        return self.spec.final_softcap
 
     def head(self, params: Params) -> jax.Array:
         """The output matrix [D, V] in the compute dtype; logits are `hidden @ head`."""
@@ -205,10 +275,16 @@ class Model:
         tokens_BT = jnp.asarray(tokens_BT, jnp.int32)
         position_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
         hidden_BTD = self.hidden(params, tokens_BT, position_BT, jnp.ones_like(tokens_BT))
-        return jnp.matmul(hidden_BTD, self.head(params), preferred_element_type=jnp.float32)
+        logits = jnp.matmul(hidden_BTD, self.head(params), preferred_element_type=jnp.float32)
+        return heads.cap(logits, self.softcap)
 
     def init_cache(self, batch: int, length: int) -> Cache:
-        """An empty key-value cache for `batch` sequences of up to `length` tokens."""
+        """An empty key-value cache for `batch` sequences of up to `length` tokens.
+
+        A model whose rotary factors depend on the length of a sequence (longrope) takes those of
+        long sequences from the first token on when `length` is beyond its original context:
+        keys in the cache cannot be turned again when a sequence grows past it.
+        """
         spec = self.spec
         shape = (spec.layers, batch, length, spec.kv_heads, spec.head_dim)
         dtype = DTYPES[self.dtype]
@@ -244,7 +320,9 @@ class Model:
                 f"Call init_cache with length >= {length}."
             )
         seen = attention.causal(valid_BT.astype(jnp.int32), position_BT)
-        hidden_BTD, own = self._apply(params, tokens_BT, position_BT, seen, None, True)
+        hidden_BTD, own, _ = self._apply(
+            params, tokens_BT, position_BT, seen, keep=True, long_BT=slots > self._context
+        )
         return hidden_BTD, _write(cache, own, 0)
 
     def decode(
@@ -262,17 +340,24 @@ class Model:
           params: parameters.
           token_B: int32 [B].
           position_B: int32 [B], the token's position inside its sequence.
-          valid_BC: bool [B, C], cache slots to attend to; `slot` itself is always attended to.
+          valid_BC: bool [B, C], cache slots to attend to, in the order of their tokens; `slot`
+            itself is always attended to.
           cache: from `prefill` or an earlier `decode`.
           slot: int or traced int32 scalar, the same for all sequences.
 
         Returns:
           Hidden states [B, D] and the cache.
         """
-        mask_BC = valid_BC & (jnp.arange(valid_BC.shape[1]) != slot)
-        past = (cache.key, cache.value)
-        hidden_B1D, own = self._apply(
-            params, token_B[:, None], position_B[:, None], mask_BC, past, True
+        slots = valid_BC.shape[1]
+        mask_BC = valid_BC & (jnp.arange(slots) != slot)
+        hidden_B1D, own, _ = self._apply(
+            params,
+            token_B[:, None],
+            position_B[:, None],
+            mask_BC,
+            (cache.key, cache.value),
+            keep=True,
+            long_BT=slots > self._context,
         )
         return hidden_B1D[:, 0], _write(cache, own, slot)
 
@@ -292,11 +377,23 @@ class Model:
         spec = self.spec
         qkv = spec.d_model * (spec.heads + 2 * spec.kv_heads) * spec.head_dim
         output = spec.heads * spec.head_dim * spec.d_model
-        mlp = 3 * spec.d_model * spec.d_ff
+        mlp = 3 * spec.d_model * spec.d_ff * max(spec.experts_per_token, 1)
+        mlp += spec.d_model * spec.experts  # the router
         linear = 2.0 * tokens * spec.layers * (qkv + output + mlp)
         attention = 4.0 * attended * spec.layers * spec.heads * spec.head_dim
         head = 2.0 * (tokens if head_tokens is None else head_tokens) * spec.d_model * spec.vocab
         return linear + attention + head
+
+
+def _longest(position_RT: jax.Array, together_RT: jax.Array) -> jax.Array:
+    """The largest position among the tokens of the same number in the row, [R, T]."""
+    position_RT, together_RT = jnp.asarray(position_RT), jnp.asarray(together_RT)
+    count = position_RT.shape[1] + 1
+
+    def one(position_T: jax.Array, together_T: jax.Array) -> jax.Array:
+        return jax.ops.segment_max(position_T, together_T, num_segments=count)[together_T]
+
+    return jax.vmap(one)(position_RT, together_RT)
 
 
 def _write(cache: Cache, own: layers.KeyValue | None, slot: jax.Array | int) -> Cache:

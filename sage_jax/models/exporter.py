@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import sage_jax
@@ -29,6 +31,7 @@ def export(
     tokenizer: Any = None,
     dtype: str = "float32",
     shard_bytes: int = SHARD_BYTES,
+    check: bool = True,
 ) -> pathlib.Path:
     """Writes a directory that transformers loads, and `models.load` too.
 
@@ -40,25 +43,29 @@ def export(
       model: the model.
       params: its parameters.
       tokenizer: a transformers tokenizer to save with it, or None.
-      dtype: dtype of the weights in the file, "float32" or "bfloat16".
+      dtype: dtype of the weights in the file, "float32", "bfloat16" or "float16".
       shard_bytes: weights beyond this size are split over several files.
+      check: read the files again and compare logits with those of `params` before the directory
+        takes its place; holds the weights twice for as long. With several processes, which need
+        not share a file system, it is left out.
 
     Returns:
       The directory.
 
     Raises:
       ValueError: if the directory holds something that is not an export, or the dtype is unknown.
+      RuntimeError: the files do not give the logits of the model.
     """
     target = pathlib.Path(directory)
-    if dtype not in decoder.DTYPES:
-        raise ValueError(f"dtype={dtype!r} is unknown. Use one of {sorted(decoder.DTYPES)}.")
+    if dtype not in decoder.STORED:
+        raise ValueError(f"dtype={dtype!r} is unknown. Use one of {sorted(decoder.STORED)}.")
     config = hf_config.to_hf(model.spec, dtype=dtype)
     config[_MARK] = f"sage_jax {sage_jax.__version__}"
     _refuse_strangers(target)
     parts = dict(tensors.leaves(params))
     if jax.process_index() != 0:  # it takes part in gathering, tensor by tensor, and keeps nothing
-        for row, layer in tensors.slices(model.spec):
-            _slice(parts, row, layer, np.dtype(decoder.DTYPES[dtype]))
+        for row, at in tensors.slices(model.spec):
+            tensors.fetch(parts[row.path], at)
         return target
     with _replacing(target) as temporary:
         _write_json(temporary / "config.json", config)
@@ -66,9 +73,39 @@ def export(
         generation = {key: config[key] for key in ids if config[key] is not None}
         _write_json(temporary / "generation_config.json", generation)
         _write_weights(temporary, model, parts, dtype, shard_bytes)
+        if check and jax.process_count() == 1:
+            _compare(temporary, model, params, dtype)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(temporary))
     return target
+
+
+_CHECKED = 16  # tokens whose logits are compared
+
+
+def _compare(directory: pathlib.Path, model: decoder.Model, params: Any, dtype: str) -> None:
+    """Reads an export again, to where the weights lie, and compares logits."""
+    placed = jax.tree.map(lambda leaf: getattr(leaf, "sharding", None), params)
+    on_devices = all(x is not None for x in jax.tree.leaves(placed, is_leaf=lambda x: x is None))
+    again, read = hf.load(directory, place=(lambda _: placed) if on_devices else None)
+    plain = decoder.Model(model.spec)
+    rounded = decoder.STORED[dtype]
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, model.spec.vocab, (1, _CHECKED)))
+
+    @jax.jit
+    def difference(params: Any, read: Any) -> jax.Array:
+        # The source as the file can hold it: what rounding to its dtype changes is no mistake.
+        held = jax.tree.map(lambda x: x.astype(rounded).astype(jnp.float32), params)
+        ours, theirs = plain.logits(held, tokens), plain.logits(read, tokens)
+        return jnp.max(jnp.abs(ours - theirs)) / jnp.maximum(jnp.max(jnp.abs(ours)), 1e-6)
+
+    found = float(difference(params, read))
+    if again.spec != model.spec or not found <= 1e-5:
+        raise RuntimeError(
+            f"The export does not compute what the model computes: its logits differ by "
+            f"{found:.3g} of their size. Nothing was written; please "
+            f"report this with the model's config.json."
+        )
 
 
 def _refuse_strangers(target: pathlib.Path) -> None:
@@ -108,35 +145,39 @@ def _write_weights(
 ) -> None:
     from safetensors import numpy as safetensors_numpy
 
-    kind = np.dtype(decoder.DTYPES[dtype])
-    shards: list[list[tuple[tensors.Tensor, int]]] = [[]]
+    kind = np.dtype(decoder.STORED[dtype])
+    stored = tensors.files(model.spec)
+    shards: list[list[str]] = [[]]
     used = total = 0
-    for row, layer in tensors.slices(model.spec):
-        shape = parts[row.path].shape[1:] if tensors.is_stacked(row) else parts[row.path].shape
-        size = int(np.prod(shape)) * kind.itemsize
+    for name, pieces in stored.items():
+        shapes = (parts[row.path].shape[row.stacked :] for row, _ in pieces)
+        size = sum(math.prod(shape) for shape in shapes) * kind.itemsize
         if shards[-1] and used + size > shard_bytes:
             shards.append([])
             used = 0
-        shards[-1].append((row, layer))
+        shards[-1].append(name)
         used += size
         total += size
     home = {}
     for number, shard in enumerate(shards, start=1):
-        name = "model.safetensors"
+        file = "model.safetensors"
         if len(shards) > 1:
-            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        weights = {row.hf.format(layer): _slice(parts, row, layer, kind) for row, layer in shard}
-        safetensors_numpy.save_file(weights, directory / name, metadata={"format": "pt"})
-        (directory / name).chmod(0o644)  # written for the owner alone otherwise
-        home.update(dict.fromkeys(weights, name))
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        weights = {name: _tensor(parts, stored[name], kind) for name in shard}
+        safetensors_numpy.save_file(weights, directory / file, metadata={"format": "pt"})
+        (directory / file).chmod(0o644)  # written for the owner alone otherwise
+        home.update(dict.fromkeys(weights, file))
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": home}
         _write_json(directory / "model.safetensors.index.json", index)
 
 
-def _slice(parts: dict[str, Any], row: tensors.Tensor, layer: int, kind: np.dtype) -> np.ndarray:
-    value = tensors.fetch(parts[row.path], (layer,) if tensors.is_stacked(row) else ())
-    return np.ascontiguousarray((value.T if row.transposed else value).astype(kind))
+def _tensor(parts: dict[str, Any], pieces: list[tensors.Part], kind: np.dtype) -> np.ndarray:
+    values = []
+    for row, at in pieces:
+        value = tensors.fetch(parts[row.path], at)
+        values.append((value.T if row.transposed else value).astype(kind))
+    return np.ascontiguousarray(np.concatenate(values) if len(values) > 1 else values[0])
 
 
 def _write_json(file: pathlib.Path, value: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sage_jax.models import decoder, layers, tensors
+from sage_jax.models import decoder, names, rope, tensors
 from sage_jax.models import spec as spec_lib
 
 _MUST_BE = {  # {architecture}.key: the only values that leave the outputs as we compute them
@@ -76,22 +76,22 @@ def read(
     reader, fields = metadata(file)
     stored = {tensor.name: tensor for tensor in reader.tensors}
     spec = _spec(file, fields, stored)
-    expected = [row.gguf.format(layer) for row, layer in tensors.slices(spec)]
+    expected = [row.gguf.format(*at) for row, at in tensors.slices(spec)]
     tensors.check_names(expected, stored, str(file), "Its metadata")
     permuted = spec_lib.FAMILIES[spec.family].gguf_permuted
 
-    def shape(row: tensors.Tensor, layer: int) -> tuple[int, ...]:
-        return tuple(int(n) for n in reversed(stored[row.gguf.format(layer)].shape))
+    def shape(row: names.Tensor, at: tensors.At) -> tuple[int, ...]:
+        return tuple(int(n) for n in reversed(stored[row.gguf.format(*at)].shape))
 
-    def part(row: tensors.Tensor, layer: int, index: tensors.Index) -> np.ndarray:
+    def part(row: names.Tensor, at: tensors.At, index: tensors.Index) -> np.ndarray:
         """Blocks run along the last axis: whole rows are undone, and cut afterwards."""
         rows: Any = index[0]
         side = row.path.split("/")[-2]
         if permuted and side in ("q", "k"):
-            count = shape(row, layer)[0]
+            count = shape(row, at)[0]
             order = _unpermute(np.arange(count), spec.heads if side == "q" else spec.kv_heads)
             rows = order[rows]
-        value = _dequantise(file, stored[row.gguf.format(layer)], rows)
+        value = _dequantise(file, stored[row.gguf.format(*at)], rows)
         return value[(slice(None), *index[1:])]
 
     return spec, tensors.assemble(spec, tensors.Source(shape, part), str(file), place)
@@ -125,12 +125,13 @@ def _unpermute(value: np.ndarray, heads: int) -> np.ndarray:
 
 def _spec(file: pathlib.Path, fields: dict[str, Any], stored: dict[str, Any]) -> spec_lib.ModelSpec:
     name = fields.get("general.architecture")
-    if name not in spec_lib.FAMILIES:
+    known = {f.gguf: model for model, f in spec_lib.FAMILIES.items() if f.gguf}
+    if name not in known:
         raise ValueError(
             f"{file}: general.architecture={name!r} is not supported. Supported are "
-            f"{', '.join(sorted(spec_lib.FAMILIES))}."
+            f"{', '.join(sorted(known))}."
         )
-    family = spec_lib.FAMILIES[name]
+    family = spec_lib.FAMILIES[known[name]]
     own = {
         key.removeprefix(f"{name}."): value
         for key, value in fields.items()
@@ -175,7 +176,7 @@ def _spec(file: pathlib.Path, fields: dict[str, Any], stored: dict[str, Any]) ->
         tied="output.weight" not in stored,
         attention_bias="blk.0.attn_q.bias" in stored or family.attention_bias,
         mlp_bias="blk.0.ffn_gate.bias" in stored,
-        family=name,
+        family=known[name],
         max_positions=int(own.get("context_length", 2048)),
         bos_id=special["bos"],
         eos_id=special["eos"],
@@ -191,7 +192,7 @@ def _rope_scaling(
     stored: dict[str, Any],
     theta: float,
     width: int,
-) -> spec_lib.RopeScaling | None:
+) -> rope.RopeScaling | None:
     kind = own.get("rope.scaling.type", "none")
     if kind not in ("none", "linear"):
         raise ValueError(
@@ -199,26 +200,26 @@ def _rope_scaling(
         )
     factor = _shortest(own.get("rope.scaling.factor", own.get("rope.scale_linear", 1.0)))
     if kind == "linear" or factor not in (0.0, 1.0):
-        return spec_lib.RopeScaling("linear", factor=factor)
+        return rope.RopeScaling("linear", factor=factor)
     if "rope_freqs.weight" not in stored:
         return None
     factors = _dequantise(file, stored["rope_freqs.weight"]).astype(np.float64)
     return _named_scaling(factors, theta, width)
 
 
-def _named_scaling(factors: np.ndarray, theta: float, width: int) -> spec_lib.RopeScaling:
+def _named_scaling(factors: np.ndarray, theta: float, width: int) -> rope.RopeScaling:
     """The llama3 scaling these divisors come from, so that config.json can express it.
 
     GGUF keeps the divisors only. The largest is the factor; Llama 3.1 to 3.3 all use the
     frequency factors 1 and 4, so only the original context length has to be tried.
     """
-    plain = layers.frequencies(theta, width)
+    plain = rope.frequencies(theta, width)
     for power in range(10, 21):
-        scaling = spec_lib.RopeScaling(
+        scaling = rope.RopeScaling(
             "llama3",
             factor=float(np.round(factors.max(), 4)),
             original_max_positions=2**power,
         )
         if np.allclose(scaling.divisors(plain), factors, rtol=1e-5):
             return scaling
-    return spec_lib.RopeScaling("factors", factors=tuple(factors.tolist()))
+    return rope.RopeScaling("factors", factors=tuple(factors.tolist()))

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from sage_jax.models import decoder, gguf_reader, hf_config, sources, tensors
+from sage_jax.models import decoder, gguf_reader, hf_config, names, sources, tensors
 from sage_jax.models import spec as spec_lib
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -103,11 +103,11 @@ def _read_safetensors(
         for file in _weight_files(where):
             handle = stack.enter_context(safetensors.safe_open(file, framework="numpy"))
             home.update(dict.fromkeys(handle.keys(), handle))
-        expected = [row.hf.format(layer) for row, layer in tensors.slices(spec)]
+        expected = tensors.files(spec)
         tensors.check_names(expected, home, str(where), "config.json")
 
-        def opened(row: tensors.Tensor, layer: int) -> Any:
-            name = row.hf.format(layer)
+        def opened(row: names.Tensor, at: tensors.At) -> Any:
+            name = row.hf.format(*at)
             found = home[name].get_slice(name)
             if found.get_dtype() not in _FLOATS:
                 raise ValueError(
@@ -117,7 +117,7 @@ def _read_safetensors(
             return found
 
         source = tensors.Source(
-            lambda row, layer: tuple(opened(row, layer).get_shape()),
-            lambda row, layer, index: np.asarray(opened(row, layer)[index], np.float32),
+            lambda row, at: tuple(opened(row, at).get_shape()),
+            lambda row, at, index: np.asarray(opened(row, at)[index], np.float32),
         )
         return tensors.assemble(spec, source, str(where), place)

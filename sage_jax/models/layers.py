@@ -8,68 +8,114 @@ Matrix products run in the compute dtype; norms, rotations and the softmax run i
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from sage_jax.models import attention
+from sage_jax import head
+from sage_jax.models import attention, lora, moe, rope
 from sage_jax.models import spec as spec_lib
 
-Rotation = tuple[jax.Array, jax.Array]  # cos and sin, float32 [B, T, 1, E]
+Rotation = tuple[jax.Array, jax.Array]  # cos and sin, float32 [..., B, T, 1, W]
 KeyValue = tuple[jax.Array, jax.Array]  # keys and values, [B, T, G, E]
 Seen = attention.Visible | jax.Array  # of whole rows; or the visible slots of a cache, [B, C]
 
 
-def frequencies(theta: float, width: int) -> np.ndarray:
-    """Unscaled rotary frequencies of a head of `width` channels, float64 [width / 2]."""
-    return theta ** -(np.arange(0, width, 2, dtype=np.float64) / width)
+class Kind(NamedTuple):
+    """What differs between the layers of a model, int32 [L]: one entry a layer is scanned over.
+
+    Choices, not values, so that one scan serves all layers and each keeps its static window.
+    """
+
+    window: jax.Array  # index into `window_choices`
+    rotation: jax.Array  # index into `rotation_choices`
 
 
-def rope_frequencies(spec: spec_lib.ModelSpec) -> np.ndarray:
-    """Angular frequencies of the rotary embedding, radians per position.
+def window_choices(spec: spec_lib.ModelSpec, length: int) -> tuple[int, ...]:
+    """The windows that the layers of a model have; one that holds all of `length` counts as 0."""
+    return tuple(dict.fromkeys(w if w < length else 0 for w in spec.windows))
+
+
+def rotation_choices(spec: spec_lib.ModelSpec) -> tuple[str, ...]:
+    """The ways in which the layers of a model rotate, see `ModelSpec.rotations`."""
+    return tuple(dict.fromkeys(spec.rotations))
+
+
+def kinds(spec: spec_lib.ModelSpec, length: int) -> Kind:
+    """The choices of every layer, for rows of `length` tokens."""
+    windows, rotations = window_choices(spec, length), rotation_choices(spec)
+    return Kind(
+        jnp.array([windows.index(w if w < length else 0) for w in spec.windows], jnp.int32),
+        jnp.array([rotations.index(r) for r in spec.rotations], jnp.int32),
+    )
+
+
+def rotation(
+    spec: spec_lib.ModelSpec, position_BT: jax.Array, long_BT: jax.Array | bool = False
+) -> Rotation:
+    """Cosine and sine of every rotary angle, computed once and shared by all layers.
 
     Args:
-      spec: the model; uses `rope_theta`, `rope_scaling` and `head_dim`.
+      spec: the model.
+      position_BT: int32 [B, T].
+      long_BT: bool, where longrope's factors for long sequences hold.
 
     Returns:
-      float64 [E / 2].
-
-    Source: Su et al. 2021 (arXiv 2104.09864); the llama3 scaling as in transformers'
-    `modeling_rope_utils`.
-
-    >>> spec = spec_lib.ModelSpec(vocab=8, d_model=8, d_ff=8, layers=1, heads=2, rope_theta=100.0)
-    >>> rope_frequencies(spec).tolist()
-    [1.0, 0.1]
+      Two float32 [K, B, T, 1, W] for the K `rotation_choices`. Layers without positions turn by 0.
     """
-    frequency = frequencies(spec.rope_theta, spec.head_dim)
-    if spec.rope_scaling is None:
-        return frequency
-    return frequency / spec.rope_scaling.divisors(frequency)
+    scaling, width = spec.rope_scaling, spec.rotated
 
+    def angles(choice: str) -> jax.Array:
+        if choice == "none":
+            return jnp.zeros((*position_BT.shape, 1, width // 2), jnp.float32)
+        theta = spec.local_rope_theta if choice == "local" else spec.rope_theta
+        own = None if choice == "local" else scaling
+        frequency = jnp.asarray(rope.scaled_frequencies(theta, width, own), jnp.float32)
+        if own is not None and own.kind == "longrope" and long_BT is not False:
+            slow = jnp.asarray(rope.scaled_frequencies(theta, width, own, long=True), jnp.float32)
+            long = jnp.asarray(long_BT)[..., None, None]
+            frequency = jnp.where(long, slow, frequency)
+        return position_BT.astype(jnp.float32)[:, :, None, None] * frequency
 
-def rotation(spec: spec_lib.ModelSpec, position_BT: jax.Array) -> Rotation:
-    """Cosine and sine of every rotary angle, computed once and shared by all layers."""
-    frequency = jnp.asarray(rope_frequencies(spec), jnp.float32)
-    angle = position_BT.astype(jnp.float32)[:, :, None, None] * frequency
+    def factor(choice: str) -> float:
+        return scaling.attention_factor if scaling is not None and choice == "main" else 1.0
+
+    choices = rotation_choices(spec)
+    angle = jnp.stack([angles(choice) for choice in choices])
     angle = jnp.concatenate([angle, angle], axis=-1)
-    return jnp.cos(angle), jnp.sin(angle)
+    gain = jnp.array([factor(choice) for choice in choices], jnp.float32).reshape(-1, 1, 1, 1, 1)
+    return jnp.cos(angle) * gain, jnp.sin(angle) * gain
 
 
 def rotate(x_BTHE: jax.Array, rotation: Rotation) -> jax.Array:
-    """Turns channel i together with channel i + E/2 by the angle of its position (NeoX order)."""
+    """Turns channel i together with channel i + W/2 by the angle of its position (NeoX order).
+
+    Channels from W on stay as they are.
+    """
     cos, sin = rotation
-    x = x_BTHE.astype(jnp.float32)
+    width = cos.shape[-1]
+    x = x_BTHE[..., :width].astype(jnp.float32)
     first, second = jnp.split(x, 2, axis=-1)
     turned = jnp.concatenate([-second, first], axis=-1)
-    return (x * cos + turned * sin).astype(x_BTHE.dtype)
+    turned = (x * cos + turned * sin).astype(x_BTHE.dtype)
+    if width == x_BTHE.shape[-1]:
+        return turned
+    return jnp.concatenate([turned, x_BTHE[..., width:]], axis=-1)
 
 
 def attend_cached(
-    q_B1HE: jax.Array, past: KeyValue, own: KeyValue, mask_BC: jax.Array
+    q_B1HE: jax.Array,
+    past: KeyValue,
+    own: KeyValue,
+    mask_BC: jax.Array,
+    *,
+    scale: float,
+    window: jax.Array | int = 0,
+    softcap: float = 0.0,
 ) -> jax.Array:
     """Attention of one new token to the cache and to itself.
 
@@ -80,17 +126,29 @@ def attend_cached(
       q_B1HE: queries, [B, 1, H, E].
       past: cached keys and values of this layer, [B, C, G, E].
       own: key and value of the new token, [B, 1, G, E].
-      mask_BC: bool, the cache slots that hold visible keys, without the new token's slot.
+      mask_BC: bool, the cache slots that hold visible keys, in the order of their positions,
+        without the new token's slot.
+      scale: factor of the logits.
+      window: tokens that the new one sees, itself included; 0 = all. May be traced.
+      softcap: as in `attention.attend`.
 
     Returns:
       [B, 1, H * E].
     """
     batch, _, heads, width = q_B1HE.shape
     groups = past[0].shape[2]
-    q = q_B1HE.reshape(batch, groups, heads // groups, width) * width**-0.5
-    old = jnp.einsum("bghe,bcge->bghc", q, past[0], preferred_element_type=jnp.float32)
-    old = jnp.where(mask_BC[:, None, None], old, jnp.finfo(jnp.float32).min)
-    new = jnp.einsum("bghe,bcge->bghc", q, own[0], preferred_element_type=jnp.float32)
+    q = q_B1HE.reshape(batch, groups, heads // groups, width) * scale
+    if not isinstance(window, int) or window:
+        behind_BC = jnp.cumsum(mask_BC[:, ::-1], axis=1)[:, ::-1]  # the last slot is 1 behind
+        mask_BC &= (behind_BC < window) | (jnp.asarray(window) == 0)
+
+    def logits(key: jax.Array) -> jax.Array:
+        return head.cap(
+            jnp.einsum("bghe,bcge->bghc", q, key, preferred_element_type=jnp.float32), softcap
+        )
+
+    old = jnp.where(mask_BC[:, None, None], logits(past[0]), jnp.finfo(jnp.float32).min)
+    new = logits(own[0])
     weight = jax.nn.softmax(jnp.concatenate([old, new], axis=-1), axis=-1).astype(q.dtype)
     out = jnp.einsum("bghc,bcge->bghe", weight[..., :-1], past[1])
     out += jnp.einsum("bghc,bcge->bghe", weight[..., -1:], own[1])
@@ -102,41 +160,56 @@ class RMSNorm(nn.Module):
 
     epsilon: float
     dtype: Any
+    offset: float = 0.0  # added to the stored scale: some families store its distance from 1
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],), jnp.float32)
+        first = nn.initializers.constant(1.0 - self.offset)
+        scale = self.param("scale", first, (x.shape[-1],), jnp.float32)
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
-        return (x * scale).astype(self.dtype)
+        return (x * (scale + self.offset if self.offset else scale)).astype(self.dtype)
 
 
-def _flat_dot_general(
-    lhs: jax.Array, rhs: jax.Array, dimension_numbers: Any, precision: Any = None, **kwargs: Any
-) -> jax.Array:
-    """`lhs @ rhs` with the leading axes of `lhs` merged.
+def norm(spec: spec_lib.ModelSpec, dtype: Any, name: str) -> RMSNorm:
+    """A norm as the family has it."""
+    return RMSNorm(spec.norm_eps, dtype, spec_lib.FAMILIES[spec.family].norm_offset, name=name)
 
-    XLA's CPU backend runs the kernel's gradient three times slower when it contracts over two
-    axes. Merging keeps a sharded row axis sharded: it is the major one.
+
+class Linear(nn.Module):
+    """A linear map with float32 parameters, and its adapter where the parameters hold one.
+
+    The leading axes of the input are merged for the product: XLA's CPU backend runs the kernel's
+    gradient three times slower when it contracts over two axes. Merging keeps a sharded row axis
+    sharded: it is the major one.
     """
-    flat = lhs.reshape(-1, lhs.shape[-1])
-    dims = (((1,), (0,)), ((), ()))
-    out = jax.lax.dot_general(flat, rhs, dims, precision=precision, **kwargs)
-    return out.reshape(*lhs.shape[:-1], rhs.shape[-1])
+
+    features: int
+    bias: bool
+    dtype: Any
+    gain: float  # variance of the output at initialisation
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        first = nn.initializers.variance_scaling(self.gain, "fan_in", "truncated_normal")
+        kernel = self.param("kernel", first, (x.shape[-1], self.features), jnp.float32)
+        flat = x.astype(self.dtype).reshape(-1, x.shape[-1])
+        out = jax.lax.dot_general(flat, kernel.astype(self.dtype), (((1,), (0,)), ((), ())))
+        if self.has_variable("params", "lora_a"):
+            own: dict[str, jax.Array] = {
+                name: self.get_variable("params", name)
+                for name in lora.LEAVES
+                if self.has_variable("params", name)
+            }
+            out = lora.delta(flat, out, own, kernel)
+        if self.bias:
+            out += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+        return out.reshape(*x.shape[:-1], self.features)
 
 
-def dense(
-    features: int, *, bias: bool | None, name: str, dtype: Any, gain: float = 1.0
-) -> nn.Dense:
-    """A linear map with float32 parameters; at initialisation its output variance is `gain`."""
-    return nn.Dense(
-        features,
-        use_bias=bool(bias),
-        dtype=dtype,
-        name=name,
-        dot_general=_flat_dot_general,
-        kernel_init=nn.initializers.variance_scaling(gain, "fan_in", "truncated_normal"),
-    )
+def dense(features: int, *, bias: bool | None, name: str, dtype: Any, gain: float = 1.0) -> Linear:
+    """A linear map; at initialisation its output variance is `gain`."""
+    return Linear(features, bool(bias), dtype, gain, name=name)
 
 
 class Attention(nn.Module):
@@ -148,25 +221,32 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, rotation: Rotation, seen: Seen, past: KeyValue | None
+        self,
+        x_BTD: jax.Array,
+        kind: Kind,
+        rotation: Rotation,
+        seen: Seen,
+        past: KeyValue | None,
     ) -> tuple[jax.Array, KeyValue]:
         spec = self.spec
+        qk_norm = spec_lib.FAMILIES[spec.family].qk_norm
+        # One choice needs no selection; it is then also what XLA sees.
+        turn = jax.tree.map(lambda x: x[kind.rotation] if len(x) > 1 else x[0], rotation)
 
         def project(name: str, heads: int) -> jax.Array:
             width = heads * spec.head_dim
             out = dense(width, bias=spec.attention_bias, name=name, dtype=self.dtype)(x_BTD)
-            return out.reshape(*x_BTD.shape[:2], heads, spec.head_dim)
+            if qk_norm == "whole" and name != "v":
+                out = norm(spec, self.dtype, f"{name}_norm")(out)
+            out = out.reshape(*x_BTD.shape[:2], heads, spec.head_dim)
+            if qk_norm == "head" and name != "v":
+                out = norm(spec, self.dtype, f"{name}_norm")(out)
+            return out
 
-        q_BTHE = rotate(project("q", spec.heads), rotation)
-        key = rotate(project("k", spec.kv_heads), rotation)
+        q_BTHE = rotate(project("q", spec.heads), turn)
+        key = rotate(project("k", spec.kv_heads), turn)
         value = project("v", spec.kv_heads)
-        if isinstance(seen, attention.Visible):
-            out = attention.attend(
-                q_BTHE, key, value, seen, scale=spec.head_dim**-0.5, kernel=self.kernel
-            )
-        else:
-            assert past is not None
-            out = attend_cached(q_BTHE, past, (key, value), seen)
+        out = self._attend(q_BTHE, (key, value), kind, seen, past)
         output = dense(
             spec.d_model,
             bias=spec.output_bias,
@@ -176,9 +256,31 @@ class Attention(nn.Module):
         )
         return output(out), (key, value)
 
+    def _attend(
+        self, q_BTHE: jax.Array, own: KeyValue, kind: Kind, seen: Seen, past: KeyValue | None
+    ) -> jax.Array:
+        spec = self.spec
+        common: dict[str, Any] = {"scale": spec.attention_scale, "softcap": spec.attention_softcap}
+        if isinstance(seen, attention.Visible):
+            windows = window_choices(spec, q_BTHE.shape[1])
+            # A branch for each window, which kernels want static; the scan takes one a layer.
+            branches: list[Callable[..., jax.Array]] = [
+                functools.partial(attention.attend, window=window, kernel=self.kernel, **common)
+                for window in windows
+            ]
+            if len(branches) == 1:
+                return branches[0](q_BTHE, *own, seen)
+            return jax.lax.switch(kind.window, branches, q_BTHE, *own, seen)
+        assert past is not None
+        windows = window_choices(spec, past[0].shape[1])
+        window: jax.Array | int = windows[0]
+        if len(windows) > 1:
+            window = jnp.array(windows, jnp.int32)[kind.window]
+        return attend_cached(q_BTHE, past, own, seen, window=window, **common)
+
 
 class MLP(nn.Module):
-    """Gated feed-forward layer: down(silu(gate(x)) * up(x))."""
+    """Gated feed-forward layer: down(act(gate(x)) * up(x))."""
 
     spec: spec_lib.ModelSpec
     dtype: Any
@@ -189,13 +291,14 @@ class MLP(nn.Module):
         gate = dense(spec.d_ff, bias=bias, name="gate", dtype=dtype)(x_BTD)
         up = dense(spec.d_ff, bias=bias, name="up", dtype=dtype)(x_BTD)
         down = dense(spec.d_model, bias=bias, name="down", dtype=dtype, gain=0.5 / spec.layers)
-        return down(nn.silu(gate) * up)
+        return down(moe.ACTIVATIONS[spec.activation](gate) * up)
 
 
 class Block(nn.Module):
-    """One pre-norm decoder layer, in the form `nn.scan` wants: carry first, per-layer output last.
+    """One decoder layer, in the form `nn.scan` wants: carry first, per-layer output last.
 
-    `keep` says whether keys and values leave the block (for a cache); training drops them.
+    `keep` says whether keys and values leave the block (for a cache); training drops them. What a
+    router says of the balance of its experts leaves it too (None without experts).
     """
 
     spec: spec_lib.ModelSpec
@@ -206,15 +309,31 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, past: KeyValue | None, rotation: Rotation, seen: Seen
-    ) -> tuple[jax.Array, KeyValue | None]:
-        spec = self.spec
-        normed = RMSNorm(spec.norm_eps, self.dtype, name="attention_norm")(x_BTD)
-        attend = Attention(spec, self.dtype, self.kernel, name="attention")
-        attended, own = attend(normed, rotation, seen, past)
-        x_BTD = x_BTD + attended
-        normed = RMSNorm(spec.norm_eps, self.dtype, name="mlp_norm")(x_BTD)
-        x_BTD = x_BTD + MLP(spec, self.dtype, name="mlp")(normed)
+        self,
+        x_BTD: jax.Array,
+        kind: Kind,
+        past: KeyValue | None,
+        rotation: Rotation,
+        seen: Seen,
+        real_BT: jax.Array | None,
+    ) -> tuple[jax.Array, tuple[KeyValue | None, moe.Balance | None]]:
+        spec, dtype = self.spec, self.dtype
+        norms = spec_lib.FAMILIES[spec.family].norms
+        balance = None
+
+        def normed(x: jax.Array, name: str, place: str) -> jax.Array:
+            return norm(spec, dtype, name)(x) if norms in (place, "both") else x
+
+        entering = normed(x_BTD, "attention_norm", "before")
+        attend = Attention(spec, dtype, self.kernel, name="attention")
+        attended, own = attend(entering, kind, rotation, seen, past)
+        x_BTD = x_BTD + normed(attended, "attention_post_norm", "after")
+        entering = normed(x_BTD, "mlp_norm", "before")
+        if spec.experts:
+            out, balance = moe.Experts(spec, dtype, self.kernel, name="mlp")(entering, real_BT)
+        else:
+            out = MLP(spec, dtype, name="mlp")(entering)
+        x_BTD = x_BTD + normed(out, "mlp_post_norm", "after")
         if self.constrain is not None:
             x_BTD = self.constrain(x_BTD)
-        return x_BTD, own if self.keep else None
+        return x_BTD, (own if self.keep else None, balance)

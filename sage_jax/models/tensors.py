@@ -1,4 +1,4 @@
-"""Where every parameter lives in a file: one table for reading and writing all formats."""
+"""Parameter trees and the tensors of files: which of them a model has, and how they are read."""
 
 from __future__ import annotations
 
@@ -12,48 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sage_jax.models import decoder
+from sage_jax.models import decoder, names
 from sage_jax.models import spec as spec_lib
 
-
-class Tensor(NamedTuple):
-    """One parameter and its names; `{}` in a name stands for the layer."""
-
-    path: str  # in our tree
-    hf: str
-    gguf: str
-    transposed: bool = False  # files hold [out, in], we hold [in, out]
-
-
-def _linear(path: str, hf: str, gguf: str) -> tuple[Tensor, Tensor]:
-    return (
-        Tensor(f"{path}/kernel", f"{hf}.weight", f"{gguf}.weight", transposed=True),
-        Tensor(f"{path}/bias", f"{hf}.bias", f"{gguf}.bias"),
-    )
-
-
-TENSORS: tuple[Tensor, ...] = (
-    Tensor("embed/embedding", "model.embed_tokens.weight", "token_embd.weight"),
-    Tensor(
-        "layers/attention_norm/scale",
-        "model.layers.{}.input_layernorm.weight",
-        "blk.{}.attn_norm.weight",
-    ),
-    *_linear("layers/attention/q", "model.layers.{}.self_attn.q_proj", "blk.{}.attn_q"),
-    *_linear("layers/attention/k", "model.layers.{}.self_attn.k_proj", "blk.{}.attn_k"),
-    *_linear("layers/attention/v", "model.layers.{}.self_attn.v_proj", "blk.{}.attn_v"),
-    *_linear("layers/attention/o", "model.layers.{}.self_attn.o_proj", "blk.{}.attn_output"),
-    Tensor(
-        "layers/mlp_norm/scale",
-        "model.layers.{}.post_attention_layernorm.weight",
-        "blk.{}.ffn_norm.weight",
-    ),
-    *_linear("layers/mlp/gate", "model.layers.{}.mlp.gate_proj", "blk.{}.ffn_gate"),
-    *_linear("layers/mlp/up", "model.layers.{}.mlp.up_proj", "blk.{}.ffn_up"),
-    *_linear("layers/mlp/down", "model.layers.{}.mlp.down_proj", "blk.{}.ffn_down"),
-    Tensor("final_norm/scale", "model.norm.weight", "output_norm.weight"),
-    Tensor("lm_head/kernel", "lm_head.weight", "output.weight", transposed=True),
-)
 # Derived from the config, or a copy: safe to leave unread.
 _IGNORED = re.compile(
     r"rotary_emb\.inv_freq$|^rope_freqs\.weight$|^lm_head\.weight$|^output\.weight$"
@@ -82,24 +43,29 @@ def leaves(params: decoder.Params) -> Iterator[tuple[str, Any]]:
     return iter(sorted(found.items()))
 
 
-def present(spec: spec_lib.ModelSpec) -> list[tuple[Tensor, tuple[int, ...]]]:
+At = tuple[int, ...]  # the layer of a tensor, or its layer and expert; () for one without
+Part = tuple[names.Tensor, At]
+
+
+def present(spec: spec_lib.ModelSpec) -> list[tuple[names.Tensor, tuple[int, ...]]]:
     """The table's rows that this model has, with the shape of the whole parameter."""
     shape = shapes(spec)
-    return [(row, shape[row.path]) for row in TENSORS if row.path in shape]
+    found = [(row, shape[row.path]) for row in names.rows(spec) if row.path in shape]
+    assert len(found) == len(shape), sorted(set(shape) - {row.path for row, _ in found})
+    return found
 
 
-def is_stacked(row: Tensor) -> bool:
-    """Whether the parameter has a leading layer axis."""
-    return "{}" in row.hf
+def slices(spec: spec_lib.ModelSpec) -> list[Part]:
+    """Every part of a tensor that a file of this model holds."""
+    return [(row, at) for row, shape in present(spec) for at in np.ndindex(*shape[: row.stacked])]
 
 
-def slices(spec: spec_lib.ModelSpec) -> list[tuple[Tensor, int]]:
-    """Every tensor a file of this model holds, as (row of the table, layer)."""
-    return [
-        (row, layer)
-        for row, shape in present(spec)
-        for layer in range(shape[0] if is_stacked(row) else 1)
-    ]
+def files(spec: spec_lib.ModelSpec) -> dict[str, list[Part]]:
+    """The parts of every tensor under its name in Hugging Face files, in their order."""
+    found: dict[str, list[Part]] = {}
+    for row, at in slices(spec):
+        found.setdefault(row.hf.format(*at), []).append((row, at))
+    return {name: sorted(parts, key=lambda p: p[0].start) for name, parts in found.items()}
 
 
 def check_names(
@@ -129,10 +95,10 @@ Place = Callable[[Any], Any]  # from a tree of jax.ShapeDtypeStructs to one of s
 
 
 class Source(NamedTuple):
-    """A file, tensor by tensor, in Hugging Face's layout; the layer is 0 for rows without one."""
+    """A file, tensor by tensor, in Hugging Face's layout."""
 
-    shape: Callable[[Tensor, int], tuple[int, ...]]
-    read: Callable[[Tensor, int, Index], np.ndarray]  # this part alone, float32
+    shape: Callable[[names.Tensor, At], tuple[int, ...]]
+    read: Callable[[names.Tensor, At, Index], np.ndarray]  # this part alone, float32
 
 
 def assemble(
@@ -155,8 +121,8 @@ def assemble(
     shardings = None if place is None else dict(leaves(place(abstract(spec))))
     params: dict[str, Any] = {}
     for row, shape in present(spec):
-        for layer in range(shape[0] if is_stacked(row) else 1):
-            _check_shape(row, layer, shape, source, origin)
+        for at in np.ndindex(*shape[: row.stacked]):
+            _check_shape(row, at, shape, source, origin)
         node = params
         *folders, leaf = row.path.split("/")
         for folder in folders:
@@ -166,21 +132,25 @@ def assemble(
 
 
 def _check_shape(
-    row: Tensor, layer: int, shape: tuple[int, ...], source: Source, origin: str
+    row: names.Tensor, at: At, shape: tuple[int, ...], source: Source, origin: str
 ) -> None:
-    needed = shape[1:] if is_stacked(row) else shape
-    found = source.shape(row, layer)
+    needed = shape[row.stacked :]
+    found = source.shape(row, at)
     found = found[::-1] if row.transposed else found
-    if found != needed:
+    whole = (*needed[:-1], row.total) if row.total else needed
+    if found != whole:
+        gguf = f" (GGUF {row.gguf.format(*at)})" if row.gguf else ""
         raise ValueError(
-            f"{origin}: {row.hf.format(layer)} (GGUF {row.gguf.format(layer)}) gives {row.path} "
-            f"the shape {found}, but the config implies {needed}. The weights belong to another "
-            f"config."
+            f"{origin}: {row.hf.format(*at)}{gguf} gives {row.path} the shape {found}, but the "
+            f"config implies {whole}. The weights belong to another config."
         )
 
 
 def _leaf(
-    row: Tensor, shape: tuple[int, ...], source: Source, sharding: jax.sharding.Sharding | None
+    row: names.Tensor,
+    shape: tuple[int, ...],
+    source: Source,
+    sharding: jax.sharding.Sharding | None,
 ) -> jax.Array:
     """One parameter, whole or as the shards of this process."""
     known: dict[tuple[tuple[int, int], ...], np.ndarray] = {}  # devices may hold the same part
@@ -197,16 +167,18 @@ def _leaf(
     return jax.make_array_from_callback(shape, sharding, part)
 
 
-def _cut(row: Tensor, ends: tuple[tuple[int, int], ...], source: Source) -> np.ndarray:
-    """The part of a parameter between `ends`, one layer of it in memory besides at a time."""
-    first, last = ends[0] if is_stacked(row) else (0, 1)
-    inner = ends[1:] if is_stacked(row) else ends
-    index = tuple(slice(*pair) for pair in (inner[::-1] if row.transposed else inner))
-    out = np.empty((last - first, *(stop - start for start, stop in inner)), np.float32)
-    for layer in range(first, last):
-        value = source.read(row, layer, index)
-        out[layer - first] = value.T if row.transposed else value
-    return out if is_stacked(row) else out[0]
+def _cut(row: names.Tensor, ends: tuple[tuple[int, int], ...], source: Source) -> np.ndarray:
+    """The part of a parameter between `ends`, one tensor of it in memory besides at a time."""
+    outer, inner = ends[: row.stacked], ends[row.stacked :]
+    index = [slice(*pair) for pair in (inner[::-1] if row.transposed else inner)]
+    if row.total:
+        index[0] = slice(index[0].start + row.start, index[0].stop + row.start)
+    out = np.empty([stop - start for start, stop in ends], np.float32)
+    for place in np.ndindex(*out.shape[: row.stacked]):
+        at = tuple(i + start for i, (start, _) in zip(place, outer, strict=True))
+        value = source.read(row, at, tuple(index))
+        out[place] = value.T if row.transposed else value
+    return out
 
 
 def fetch(leaf: Any, at: tuple[int, ...] = ()) -> np.ndarray:

@@ -46,7 +46,7 @@ class Divergence:
         # The same keys each time: what differs from one evaluation to the next is the policy.
         keys = jax.random.split(jax.random.key(settings.seed), count)
         self.bits_P = np.asarray(jax.random.key_data(keys))
-        self.reference = policy if other is None else other
+        self.policy, self.reference = policy, policy if other is None else other
         measure = divergence.make_sampled_kl(
             policy.model, self.reference.model, max_new_tokens=settings.max_new_tokens,
             eos_id=prompting.end_ids(policy.model, policy.tokenizer), rows=self.rows,
@@ -61,11 +61,12 @@ class Divergence:
     def __call__(self, params: Any) -> dict[str, float]:
         """`eval_kl`, nats an answer, its standard error `eval_kl_error`, `eval_kl_per_token`."""
         count, found = len(self.tokens_PT), []
+        params, start = self.policy.whole(params), self.reference.whole(self.reference.params)
         for at in range(0, count, self.batch):
             # The last batch is filled up with copies: one shape, one program.
             index = np.minimum(np.arange(at, at + self.batch), count - 1)
             given = (self.tokens_PT[index], self.valid_PT[index], self.bits_P[index])
-            part = self.measure(params, self.reference.params, *sampler.spread(given, self.rows))
+            part = self.measure(params, start, *sampler.spread(given, self.rows))
             found.append(jax.device_get(part))
         whole = divergence.SampledKL(
             *(np.concatenate(parts)[:count] for parts in zip(*found, strict=True))

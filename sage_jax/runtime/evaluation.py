@@ -204,7 +204,7 @@ class Evaluator:
         with progress.Progress(total, "evaluating", "problems", aside=self.aside) as bar:
             self.last = evaluate.greedy_accuracy(
                 self.policy.model,
-                params,
+                self.policy.whole(params),
                 self.policy.tokenizer,
                 held.problems,
                 check=held.check,

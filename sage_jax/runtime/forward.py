@@ -23,22 +23,24 @@ class Passes:
     def __init__(self, policy: setup.Policy, mesh: jax.sharding.Mesh, shape: steps.Shape):
         self.mesh, self.shape = mesh, shape
         self.rows_L = meshes.local_rows(mesh, shape.rows)
-        placed = meshes.shardings(policy.params, mesh)
+        placed = meshes.shardings((policy.params, policy.frozen), mesh)
         self._cast = jax.jit(cast_matrices, static_argnames="dtype", out_shardings=placed)
         self._policy = policy
         self._programs: dict[tuple[bool, bool, str], Any] = {}
         self.seconds_compiling = 0.0
 
-    def _run(self, key: tuple[bool, bool, str], params: Any, rows: batch.PackedBatch) -> Any:
+    def _run(
+        self, key: tuple[bool, bool, str], params: Any, frozen: Any, rows: batch.PackedBatch
+    ) -> Any:
         """Starts a program on this process's rows; the first call compiles before it returns."""
         rows = meshes.put(rows, self.mesh, self.shape.rows)
         if key in self._programs:
-            return self._programs[key](params, None, rows)
+            return self._programs[key](params, frozen, rows)
         start, (logit_norm, light, dtype) = time.perf_counter(), key
         self._programs[key] = programs.stats_step(
             self._policy, self.mesh, logit_norm=logit_norm, light=light, dtype=dtype
         )
-        started = self._programs[key](params, None, rows)
+        started = self._programs[key](params, frozen, rows)
         self.seconds_compiling += time.perf_counter() - start
         return started
 
@@ -66,8 +68,9 @@ class Passes:
         Returns:
             float32 [P, 2], in the order of `index_P`.
         """
+        frozen = self._policy.frozen
         if dtype:
-            params = self._cast(params, dtype=dtype)
+            params, frozen = self._cast((params, frozen), dtype=dtype)
         shape = self.shape
         # The device is at work while the host takes what came before. But on CPUs two programs at
         # once may meet in another order on another process, and wait for each other for ever.
@@ -96,7 +99,7 @@ class Passes:
         started: collections.deque = collections.deque()
         batches = pipeline.batches(pairs, plan, shape.row_length, rows_L=self.rows_L, shape=shape)
         for pair_RS, rows in zip(plan, batches, strict=True):
-            started.append((pair_RS, self._run((logit_norm, light, dtype), params, rows)))
+            started.append((pair_RS, self._run((logit_norm, light, dtype), params, frozen, rows)))
             if len(started) > ahead:
                 take(*started.popleft())
         for one in started:

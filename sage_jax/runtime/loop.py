@@ -425,7 +425,7 @@ class Trainer:
                     self._flush()
                     self.clock = time.perf_counter()
                     self.say(f"compiling the step for rows of {length} tokens")
-                self.state, output = self.train_step(self.state, None, given, *nll)
+                self.state, output = self.train_step(self.state, self.policy.frozen, given, *nll)
                 self._compiled(length)
                 self._flush()  # the step before, while this one runs
                 flops = self.counters.count(pair_B[pair_B >= 0], self.flops_N)

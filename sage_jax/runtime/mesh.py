@@ -41,6 +41,9 @@ RULES: Rules = (
     (r"embed/lora_a", P("tensor", None)),
     (r"embed/lora_b", P(None, WEIGHTS)),
     (r"embed", P("tensor", WEIGHTS)),  # [V, D]
+    (r"layers/.*/router/", P()),
+    (r"layers/.*/experts/(gate|up)/", P(None, None, WEIGHTS, "tensor")),  # [L, X, D, F]
+    (r"layers/.*/experts/down/", P(None, None, "tensor", WEIGHTS)),
     (r"layers/.*/(q|k|v|gate|up)/lora_a", P(None, WEIGHTS, None)),
     (r"layers/.*/(q|k|v|gate|up)/lora_b", P(None, None, "tensor")),
     (r"layers/.*/(q|k|v|gate|up)/", P(None, WEIGHTS, "tensor")),
@@ -164,9 +167,11 @@ def state_shardings(
     whole = replicated(mesh)
     return optax.tree.map_params(
         tx,
-        lambda _, sharding: sharding,
+        # What is not as large as its weight, such as sums over its rows, is small: it is whole.
+        lambda leaf, sharding, weight: sharding if leaf.shape == weight.shape else whole,
         jax.eval_shape(tx.init, params),
         shardings(params, mesh, rules),
+        params,
         transform_non_params=lambda _: whole,
     )
 

@@ -49,7 +49,7 @@ def sample(run: config.Run, workdir: pathlib.Path | None) -> int:
     total = len({str(p.prompt) for p in problems}) * settings.per_problem
     with progress.Progress(total, "sampling", "answers") as bar:
         rows, tally = pair_makers.sample_pairs(
-            policy.model, policy.params, policy.tokenizer, problems,
+            policy.model, policy.whole(policy.params), policy.tokenizer, problems,
             check=check, task=name, max_new_tokens=run.eval.max_new_tokens,
             samples=settings.per_problem, per_problem=settings.pairs_per_problem,
             temperature=settings.temperature, top_p=settings.top_p, seed=run.seed,

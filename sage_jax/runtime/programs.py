@@ -25,7 +25,9 @@ def train_step(
     loss: losses.Loss,
     score_fn: step.ScoreFn,
 ) -> Any:
-    """The optimizer step `(state, None, rows[, nll_weight]) -> (state, StepOutput)`.
+    """The optimizer step `(state, frozen, rows[, nll_weight]) -> (state, StepOutput)`.
+
+    `frozen` is that of the policy: None, or the weights below its adapters.
 
     Args:
         run: the settings.
@@ -47,8 +49,9 @@ def train_step(
             pairs.score, run.selection.soft, weight
         )
     placed = state.state_shardings(run, tx, policy.params, mesh)
+    router_aux = setup.router_aux(run, policy.model)
     train = step.make_train_step(
-        policy.logps_fn(logit_norm="logit_norm" in run.selection.stability),
+        policy.logps_fn(logit_norm="logit_norm" in run.selection.stability, penalty=router_aux > 0),
         loss,
         tx,
         score_fn=score_fn if uses_scores else None,
@@ -57,6 +60,7 @@ def train_step(
         token_weighted=run.loss.name == "sft",
         accumulate=run.train.accumulate,
         beta_alpha=state.beta_alpha(run),
+        penalty_weight=router_aux,
     )
     nll = (None,) if run.loss.nll_auto else ()  # its weight may change from step to step
     return jax.jit(
@@ -75,7 +79,7 @@ def stats_step(
     light: bool = False,
     dtype: str = "",
 ) -> Any:
-    """The forward pass `(params, None, rows) -> SequenceStats`: reference, evaluation, scoring.
+    """The forward pass `(params, frozen, rows) -> SequenceStats`: reference, evaluation, scoring.
 
     Args:
         policy: the model, and its weights or their shapes.

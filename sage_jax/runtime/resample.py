@@ -190,7 +190,7 @@ class Resampler:
                     raise StoppedError
 
             return pair_makers.sample_pairs(
-                self.policy.model, params, tokenizer, problems,
+                self.policy.model, self.policy.whole(params), tokenizer, problems,
                 check=self.problems.check, task=self.problems.task,
                 max_new_tokens=run.eval.max_new_tokens, samples=settings.per_problem,
                 per_problem=settings.pairs_per_problem, temperature=settings.temperature,

@@ -17,6 +17,7 @@ import numpy as np
 from sage_jax import config, head, logprobs, losses, scores, step
 from sage_jax.data import encode, steps
 from sage_jax.models import attention, decoder, spec
+from sage_jax.models import lora as adapters
 from sage_jax.runtime import chips, hosts
 from sage_jax.runtime import mesh as meshes
 
@@ -32,6 +33,23 @@ class Policy:
     tokenizer: Any
     fingerprint: str  # of the weights
     mesh: jax.sharding.Mesh | None = None  # where they lie; None: on the default device
+    frozen: Any = None  # with adapters, which `params` then are: the weights below them
+    lora: adapters.Lora | None = None  # what they are like
+
+    def whole(self, params: Any, frozen: Any = None) -> Any:
+        """The parameters that `model` takes, from those that are trained and those that are not.
+
+        Without `frozen`, the policy's own.
+        """
+        if self.lora is None:
+            return params
+        return adapters.join(self.frozen if frozen is None else frozen, params, self.lora)
+
+    def merged(self, params: Any) -> Any:
+        """The same without adapters: weights of a model of its own."""
+        if self.lora is None:
+            return params
+        return jax.jit(functools.partial(adapters.merge, lora=self.lora))(self.frozen, params)
 
     @property
     def rows(self) -> jax.sharding.NamedSharding | None:
@@ -39,24 +57,33 @@ class Policy:
         return None if self.mesh is None else meshes.batch_sharding(self.mesh)
 
     def logps_fn(
-        self, *, logit_norm: bool = False, light: bool = False, dtype: str = ""
+        self,
+        *,
+        logit_norm: bool = False,
+        light: bool = False,
+        dtype: str = "",
+        penalty: bool = False,
     ) -> logprobs.LogpsFn:
         """The function of `(params, frozen, batch)` that the steps take.
 
-        `light` is that of `logprobs.make_logps_fn`; `dtype` another one than the model's own.
+        `light` is that of `logprobs.make_logps_fn`; `dtype` another one than the model's own. With
+        `penalty`, the load balance of a mixture of experts comes with the result.
         """
         model = dataclasses.replace(self.model, dtype=dtype or self.model.dtype)
+        body: Any = model.hidden_and_penalty if penalty else model.hidden
         return logprobs.make_logps_fn(
-            lambda params, _, b: model.hidden(
-                params,
+            lambda params, frozen, b: body(
+                self.whole(params, frozen),
                 jnp.asarray(b.tokens_RT),
                 jnp.asarray(b.position_RT),
                 jnp.asarray(b.segment_RT),
                 b.shared,
             ),
-            lambda params, _: model.head(params),
+            lambda params, frozen: model.head(self.whole(params, frozen)),
             logit_norm=logit_norm,
             light=light,
+            softcap=model.softcap,
+            penalty=penalty,
             spread=None if self.mesh is None else meshes.spread(self.mesh),
             memory=head_memory(self.mesh),
         )
@@ -112,7 +139,52 @@ def load_policy(run: config.Run, mesh: jax.sharding.Mesh, tokenizer: Any = None)
     else:
         model, params = models.load(settings.path, dtype=settings.dtype, place=place)
     model = on_mesh(run, model, mesh)
-    return Policy(model, params, tokenizer, models.fingerprint(params), mesh)
+    policy = Policy(model, params, tokenizer, models.fingerprint(params), mesh)
+    return add_adapters(run, policy, mesh)
+
+
+def add_adapters(run: config.Run, policy: Policy, mesh: jax.sharding.Mesh) -> Policy:
+    """The policy with the adapters of config.lora in the place of its weights, if there are any.
+
+    New ones change nothing at first: the reference is that of the weights below them. Those of
+    config.lora.path do, and have a fingerprint of their own.
+    """
+    from sage_jax.models import peft_files
+
+    settings, base = run.lora, policy.params
+    if settings.path:
+        lora, read = peft_files.read(find(settings.path), policy.model.spec)
+        params = jax.device_put(read, meshes.shardings(read, mesh))
+        from sage_jax import models
+
+        both = hashlib.blake2b(digest_size=16)
+        both.update(f"{policy.fingerprint} {models.fingerprint(params)} {lora}".encode())
+        name = both.hexdigest()
+    elif settings.rank:
+        lora = adapters.Lora(
+            settings.rank, settings.alpha, settings.targets, settings.rank_stabilised, settings.dora
+        )
+        make = functools.partial(adapters.init, lora=lora)
+        params = meshes.init(make, mesh, jax.random.key(run.seed), base)
+        name = policy.fingerprint
+    else:
+        return policy
+    return dataclasses.replace(policy, params=params, frozen=base, lora=lora, fingerprint=name)
+
+
+def router_aux(run: config.Run, model: decoder.Model) -> float:
+    """The weight of the load-balancing loss.
+
+    Raises:
+        ValueError: one is set, and the model has no experts.
+    """
+    weight = run.model.router_aux
+    if weight and not model.spec.experts:
+        raise ValueError(
+            f"config.model.router_aux={weight} balances the load of experts, and "
+            f"{run.model.path!r} has none. Set it to 0."
+        )
+    return model.spec.router_aux if weight == -1 else weight
 
 
 def new_spec(run: config.Run, tokenizer: Any) -> spec.ModelSpec:
@@ -155,7 +227,9 @@ def load_reference(run: config.Run, policy: Policy, mesh: jax.sharding.Mesh) -> 
     if not run.reference.path:
         return None
     other = load_policy(
-        config.replace(run, **{"model.path": run.reference.path}), mesh, policy.tokenizer
+        config.replace(run, **{"model.path": run.reference.path, "lora": config.Lora()}),
+        mesh,
+        policy.tokenizer,
     )
     if other.model.spec.vocab != policy.model.spec.vocab:
         raise ValueError(

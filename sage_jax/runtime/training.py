@@ -105,6 +105,7 @@ def fit(run: config.Run, workdir: pathlib.Path, mode: str) -> int:
         workdir.mkdir(parents=True, exist_ok=True)
         writers.write_json(workdir / "config.json", {"mode": mode} | config.as_dict(run))
     _describe(run, parts, workdir)
+    keep_programs(run, workdir)
 
     policy, pairs, held_out = parts.policy, parts.pairs, parts.held_out
     share = setup.shares_prompts(run, policy.model, pairs)
@@ -169,6 +170,18 @@ def fit(run: config.Run, workdir: pathlib.Path, mode: str) -> int:
     return 0
 
 
+def keep_programs(run: config.Run, workdir: pathlib.Path) -> None:
+    """Keeps compiled programs, by train.compile_cache, unless JAX keeps them elsewhere already."""
+    setting = run.train.compile_cache
+    if not setting or jax.config.read("jax_compilation_cache_dir"):
+        return
+    from jax.experimental.compilation_cache import compilation_cache
+
+    where = workdir / "compiled" if setting == "workdir" else pathlib.Path(setting)
+    jax.config.update("jax_compilation_cache_dir", str(where))
+    compilation_cache.reset_cache()  # what has compiled before has noted that there is no cache
+
+
 TWINS = ("uniform", "random")  # what a run can be compared with: config.compare
 
 
@@ -198,7 +211,9 @@ def twin_run(name: str, run: config.Run, outcome: loop.Outcome, flops_N: np.ndar
 
 
 def _describe(run: config.Run, parts: _Parts, workdir: pathlib.Path) -> None:
-    size = sum(x.size for x in jax.tree.leaves(parts.policy.params))
+    policy = parts.policy
+    size = sum(x.size for x in jax.tree.leaves(policy.params))
+    below = sum(x.size for x in jax.tree.leaves(policy.frozen))
     pairs, held = parts.pairs, parts.problems
     unit = "rows" if run.loss.name == "sft" else "pairs"
     lost = [f"{n} {why}" for why, n in pairs.dropped.items() if n]
@@ -206,7 +221,7 @@ def _describe(run: config.Run, parts: _Parts, workdir: pathlib.Path) -> None:
     left_out = f"; left out: {', '.join(lost)}" if lost else ""
     lines = [
         ("model", f"{run.model.path}: {parts.policy.model.spec.family}, {size / 1e6:.2f} M "
-                  "parameters"),
+                  "parameters" + (f" on {below / 1e6:.2f} M frozen ones" if below else "")),
         ("data", f"{len(pairs)} {unit}, {pairs.lengths_N2.sum() / len(pairs):.0f} tokens each"
                  f"{left_out}"),
     ]  # fmt: skip
@@ -231,8 +246,16 @@ def _describe(run: config.Run, parts: _Parts, workdir: pathlib.Path) -> None:
 
 
 def export(directory: pathlib.Path, run: config.Run, policy: setup.Policy, params: Any) -> None:
+    """Writes the model, adapters merged into it; they lie by themselves in `adapter` beside it."""
     from sage_jax import models
+    from sage_jax.models import peft_files
 
     models.export(
-        directory, policy.model, params, tokenizer=policy.tokenizer, dtype=run.export.dtype,
+        directory, policy.model, policy.merged(params), tokenizer=policy.tokenizer,
+        dtype=run.export.dtype, check=run.export.check,
     )  # fmt: skip
+    if policy.lora is not None:
+        peft_files.write(
+            directory.parent / "adapter", policy.model.spec, params, policy.lora,
+            base=run.model.path,
+        )  # fmt: skip

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sage_jax import models
-from sage_jax.models import layers
+from sage_jax.models import attention, layers, rope
+from sage_jax.runtime import mesh as meshes
 
 SPECS = {
     "llama": models.ModelSpec(
@@ -26,6 +28,33 @@ SPECS = {
     ),
     "qwen2": models.ModelSpec(
         vocab=50, d_model=32, d_ff=48, layers=2, heads=4, kv_heads=1, head_dim=12, family="qwen2"
+    ),
+    "gemma3_text": models.ModelSpec(  # two windows, two rotary bases, caps, four norms
+        vocab=50,
+        d_model=32,
+        d_ff=48,
+        layers=3,
+        heads=4,
+        kv_heads=2,
+        family="gemma3_text",
+        activation="gelu_tanh",
+        windows=(4, 0, 4),
+        rope_theta=1000.0,
+        local_rope_theta=50.0,
+        attention_softcap=5.0,
+        final_softcap=8.0,
+    ),
+    "mixtral": models.ModelSpec(
+        vocab=50,
+        d_model=32,
+        d_ff=24,
+        layers=2,
+        heads=4,
+        kv_heads=2,
+        family="mixtral",
+        windows=(5, 5),
+        experts=4,
+        experts_per_token=2,
     ),
 }
 
@@ -173,7 +202,10 @@ def test_parameter_paths_are_those_the_sharding_rules_name(model):
     spec = model.spec
     assert paths["embed/embedding"] == (50, 32)
     assert paths["layers/attention/k/kernel"] == (spec.layers, 32, spec.kv_heads * spec.head_dim)
-    assert paths["layers/mlp/down/kernel"] == (spec.layers, 48, 32)
+    if spec.experts:
+        assert paths["layers/mlp/experts/down/kernel"] == (spec.layers, 4, 24, 32)
+    else:
+        assert paths["layers/mlp/down/kernel"] == (spec.layers, 48, 32)
     assert paths["layers/mlp_norm/scale"] == (spec.layers, 32)
     assert paths["final_norm/scale"] == (32,)
     assert ("lm_head/kernel" in paths) == (not spec.tied)
@@ -197,7 +229,9 @@ def test_rows_stay_sharded_and_unchanged_over_eight_devices(model, params):
     np.testing.assert_allclose(hidden, jax.jit(model.hidden)(params, *row), atol=1e-5)
 
 
-def test_forward_flops_are_those_xla_counts(model):
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_forward_flops_are_those_xla_counts(family):
+    model = models.Model(SPECS[family])
     spec = dataclasses.replace(model.spec, layers=1, vocab=300, d_model=64, d_ff=96, head_dim=16)
     one = dataclasses.replace(model, spec=spec)  # XLA counts a loop's body once: one layer
     params = jax.eval_shape(one.init, jax.random.key(0))
@@ -218,7 +252,7 @@ def test_llama3_scaling_follows_its_definition():
     scaling = models.RopeScaling(
         "llama3", factor=8, low_freq_factor=1, high_freq_factor=4, original_max_positions=512
     )
-    plain = layers.frequencies(10000.0, 64)
+    plain = rope.frequencies(10000.0, 64)
     kinds, expected = set(), []
     for frequency in plain:
         wavelength = 2 * np.pi / frequency
@@ -244,13 +278,118 @@ def test_llama3_scaling_follows_its_definition():
         ({"layers": 0}, "layers=0 must be at least 1"),
         ({"family": "mamba"}, "family='mamba' is unknown"),
         ({"family": "qwen2", "attention_bias": False}, "always has attention_bias=True"),
-        ({"rope_scaling": models.RopeScaling("yarn")}, "kind='yarn' is unknown"),
+        ({"windows": (3, 4)}, "windows has 2 entries; a model of 1"),
+        ({"experts": 4}, "experts=4 with experts_per_token=0 fits no llama model"),
+        ({"family": "mixtral"}, "experts=0 .* fits no mixtral model: it has experts"),
+        ({"activation": "relu"}, "activation='relu' is unknown"),
+        ({"rotary_width": 4}, "rotary_width=4 is more than head_dim=2"),
+        (
+            {"rope_scaling": models.RopeScaling("longrope", factors=(1.0, 2.0))},
+            "rope_scaling.factors has 2 numbers; 2 rotated channels need 1",
+        ),
     ],
 )
 def test_impossible_shapes_are_refused(change, message):
     shape = {"vocab": 8, "d_model": 8, "d_ff": 8, "layers": 1, "heads": 4}
     with pytest.raises(ValueError, match=message):
         models.ModelSpec(**{**shape, **change})
+
+
+def test_unknown_rotary_scalings_are_refused():
+    with pytest.raises(ValueError, match=r"kind='ntk' is unknown\. Use one of linear"):
+        models.RopeScaling("ntk")
+
+
+def test_longrope_takes_the_factors_of_each_sequence_in_a_row():
+    scaling = models.RopeScaling(
+        "longrope", factors=(1.0, 1.5), long_factors=(4.0, 9.0), original_max_positions=8
+    )
+    spec = dataclasses.replace(SPECS["llama"], heads=8, head_dim=4, rope_scaling=scaling)
+    model = models.Model(spec)
+    params = _random_params(model)
+    sequences = _sequences([12, 8, 5])
+    row = _pack(sequences, 32, gap=2)
+    packed = jax.jit(model.hidden)(params, *row)[0]
+    for number, (ids, long) in enumerate(zip(sequences, (True, False, False), strict=True), 1):
+        factors = scaling.long_factors if long else scaling.factors
+        fixed = dataclasses.replace(
+            spec, rope_scaling=models.RopeScaling("factors", factors=factors)
+        )
+        alone = models.Model(fixed).hidden(params, *_pack([ids], len(ids)))[0]
+        np.testing.assert_allclose(packed[row[2][0] == number], alone, atol=1e-5)
+
+
+def test_the_program_does_not_grow_with_depth():
+    """Layers that differ are one scan: eight times the layers, the same number of operations."""
+
+    def size(layers):
+        windows = tuple(0 if i % 6 == 5 else 4 for i in range(layers))
+        spec = dataclasses.replace(SPECS["gemma3_text"], layers=layers, windows=windows)
+        model = models.Model(spec)
+        params = jax.eval_shape(model.init, jax.random.key(0))
+        row = [jax.ShapeDtypeStruct((1, 16), jnp.int32)] * 3
+        return jax.jit(model.hidden).lower(params, *row).as_text().count("\n")
+
+    assert size(48) == size(6)
+
+
+def test_load_balance_is_that_of_the_switch_transformer():
+    """Written out token by token, over the real tokens of both layers."""
+    model = models.Model(SPECS["mixtral"])
+    params = _random_params(model)
+    row = _pack(_sequences([9, 6]), 20, gap=2)
+    _, penalty = jax.jit(model.hidden_and_penalty)(params, *row)
+    chosen, probability, tokens = np.zeros(4), np.zeros(4), 0
+    inputs = []
+
+    def watch(next_fun, args, kwargs, context):
+        if context.module.name == "router":
+            inputs.append(args[0])
+        return next_fun(*args, **kwargs)
+
+    x = params["embed"]["embedding"][row[0]]
+    seen, turns = attention.causal(row[2], row[1]), layers.rotation(model.spec, row[1])
+    kinds = layers.kinds(model.spec, 20)
+    block = layers.Block(model.spec, jnp.float32, False, None, attention.AUTO)
+    with nn.intercept_methods(watch):
+        for layer in range(2):
+            own = jax.tree.map(lambda leaf: leaf[layer], params["layers"])  # noqa: B023
+            kind = jax.tree.map(lambda leaf: leaf[layer], kinds)  # noqa: B023
+            x, _ = block.apply({"params": own}, x, kind, None, turns, seen, None)
+            logits = np.asarray(inputs[-1] @ own["mlp"]["router"]["kernel"], np.float64)
+            for one in logits[row[2] > 0]:
+                odds = np.exp(one - one.max()) / np.exp(one - one.max()).sum()
+                chosen[np.argsort(-odds)[:2]] += 1
+                probability += odds
+                tokens += 1
+    assert tokens == 2 * 15
+    expected = 4 * np.sum(chosen / tokens * probability / tokens)
+    np.testing.assert_allclose(penalty, expected, rtol=1e-5)
+    with pytest.raises(ValueError, match="A llama model has no experts"):
+        models.Model(SPECS["llama"]).hidden_and_penalty(None, *row)
+
+
+@pytest.mark.slow
+def test_experts_on_eight_devices_equal_those_on_one():
+    model = models.Model(SPECS["mixtral"])
+    params = _random_params(model)
+    mesh = meshes.make_mesh(data=1, fsdp=2, tensor=2, context=2)
+    row = [np.repeat(x, 8, axis=0) for x in _pack(_sequences([9, 7]), 16)]
+    kernel = attention.Kernel("dense", mesh, meshes.ROWS, ("tensor",), (meshes.CONTEXT,))
+    spread = dataclasses.replace(model, kernel=kernel)
+
+    def loss(model):
+        def of(params, row):
+            hidden, penalty = model.hidden_and_penalty(params, *row)
+            return jnp.sum(hidden**2 * (row[2] > 0)[..., None]) + penalty
+
+        return jax.jit(jax.value_and_grad(of))
+
+    placed = jax.device_put(params, meshes.shardings(params, mesh))
+    found = loss(spread)(placed, jax.device_put(row, meshes.batch_sharding(mesh)))
+    expected = loss(model)(params, row)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("change", [{"dtype": "float16"}, {"remat": "some"}])

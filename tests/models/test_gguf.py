@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sage_jax import models
-from sage_jax.models import layers
+from sage_jax.models import rope
 from sage_jax.runtime import mesh as meshes
 
 KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
@@ -154,7 +154,7 @@ def test_a_llama3_scaling_is_recognised_from_its_stored_factors(tmp_path):
     scaling = models.RopeScaling("llama3", factor=32.0, original_max_positions=8192)
     spec = models.ModelSpec(**SHAPE, rope_theta=500000.0, rope_scaling=scaling)
     _, params = _random(spec)
-    factors = scaling.divisors(layers.frequencies(500000.0, 16)).astype(np.float32)
+    factors = scaling.divisors(rope.frequencies(500000.0, 16)).astype(np.float32)
     file = _write(tmp_path / "m.gguf", spec, params, more={"rope_freqs.weight": factors})
     assert models.load(file)[0].spec == spec
 
@@ -165,8 +165,12 @@ def test_unnamed_rotary_factors_are_used_as_they_are(tmp_path):
     factors = np.linspace(1, 3, 8, dtype=np.float32)
     file = _write(tmp_path / "m.gguf", spec, params, more={"rope_freqs.weight": factors})
     read = models.load(file)[0].spec
-    plain = layers.rope_frequencies(spec)
-    np.testing.assert_allclose(layers.rope_frequencies(read), plain / factors, rtol=1e-7)
+    plain = rope.scaled_frequencies(spec.rope_theta, spec.head_dim, spec.rope_scaling)
+    np.testing.assert_allclose(
+        rope.scaled_frequencies(read.rope_theta, read.head_dim, read.rope_scaling),
+        plain / factors,
+        rtol=1e-7,
+    )
 
 
 def test_linear_scaling_and_token_ids_are_read(tmp_path):

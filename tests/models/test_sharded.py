@@ -58,7 +58,7 @@ def test_parts_are_asked_for_once_and_are_as_small_as_shards(sizes, parts):
     shapes, asked = tensors.shapes(spec), []
 
     def shape(row, layer):
-        inner = shapes[row.path][1:] if tensors.is_stacked(row) else shapes[row.path]
+        inner = shapes[row.path][row.stacked :]
         return inner[::-1] if row.transposed else inner
 
     def read(row, layer, index):

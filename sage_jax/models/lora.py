@@ -1,0 +1,211 @@
+"""Low-rank adapters: small matrices beside frozen ones, in a parameter tree of their own.
+
+An adapter of the linear map `layers/attention/q` are the leaves `lora_a` [L, in, K], `lora_b`
+[L, K, out] and, with DoRA, `lora_norm` [L, out] under the same path (K: the rank). `join` lays them
+over the frozen tree, where the layers find them; without them the same model is the base.
+
+Source: Hu et al. 2021 (arXiv 2106.09685); rank-stabilised scale: Kalajdzievski 2023 (arXiv
+2312.03732); DoRA: Liu et al. 2024 (arXiv 2402.09353).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Params = Any  # nested dict of arrays
+LEAVES = ("lora_a", "lora_b", "lora_norm")
+LINEAR = re.compile(r"^layers/(.+/(?:q|k|v|o|gate|up|down))$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """What an adapter is like.
+
+    >>> Lora(rank=4, alpha=8).scale, Lora(rank=4, alpha=8, rank_stabilised=True).scale
+    (2.0, 4.0)
+    """
+
+    rank: int
+    alpha: float = 16.0
+    targets: str = r"attention/[qkvo]|mlp/"  # searched in "attention/q", ..., "mlp/down"
+    rank_stabilised: bool = False  # alpha / sqrt(rank) in the place of alpha / rank
+    dora: bool = False  # the length of every output column is trained apart from its direction
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.alpha <= 0:
+            raise ValueError(
+                f"lora.rank={self.rank} must be at least 1 and lora.alpha={self.alpha} positive."
+            )
+        try:
+            re.compile(self.targets)
+        except re.error as e:
+            raise ValueError(f"lora.targets={self.targets!r} is no regular expression: {e}.") from e
+
+    @property
+    def scale(self) -> float:
+        """What the product of the two matrices counts."""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
+
+
+def walk(tree: Params, path: str = "") -> Any:
+    """(path, dict) of every node that holds a `kernel` or an adapter."""
+    if "kernel" in tree or "lora_a" in tree:
+        yield path, tree
+        return
+    for name, child in tree.items():
+        if isinstance(child, dict):
+            yield from walk(child, f"{path}/{name}" if path else name)
+
+
+def targets(base: Params, lora: Lora) -> dict[str, Any]:
+    """The linear maps that get an adapter.
+
+    Args:
+      base: the model's parameters, or their shapes.
+      lora: the adapter; `targets` is searched in names such as "attention/q" and "mlp/down".
+
+    Returns:
+      Their kernels by path, sorted.
+
+    Raises:
+      ValueError: nothing matches.
+    """
+    linear = {path: node["kernel"] for path, node in walk(base) if LINEAR.match(path)}
+    linear = {path: kernel for path, kernel in linear.items() if len(kernel.shape) == 3}
+    names = {path: path.removeprefix("layers/") for path in sorted(linear)}
+    found = {path: linear[path] for path, name in names.items() if re.search(lora.targets, name)}
+    if not found:
+        raise ValueError(
+            f"lora.targets={lora.targets!r} matches none of {', '.join(names.values())}. It is a "
+            f"regular expression that is searched in these names."
+        )
+    return found
+
+
+def put(tree: Params, path: str, node: Params) -> None:
+    *folders, last = path.split("/")
+    for folder in folders:
+        tree = tree.setdefault(folder, {})
+    tree[last] = node
+
+
+def init(key: jax.Array, base: Params, lora: Lora) -> Params:
+    """A new adapter, whose product is 0: the model with it is the base.
+
+    Args:
+      key: PRNG key.
+      base: the model's parameters.
+      lora: the adapter.
+
+    Returns:
+      The adapter's tree, float32.
+
+    Raises:
+      ValueError: as `targets`.
+
+    >>> base = {"layers": {"attention": {"q": {"kernel": jnp.ones((2, 4, 6))}}}}
+    >>> adapter = init(jax.random.key(0), base, Lora(rank=3))
+    >>> {k: v.shape for k, v in adapter["layers"]["attention"]["q"].items()}
+    {'lora_a': (2, 4, 3), 'lora_b': (2, 3, 6)}
+    """
+    out: Params = {}
+    found = targets(base, lora)
+    for number, (path, kernel) in enumerate(found.items()):
+        count, wide, narrow = kernel.shape
+        bound = wide**-0.5  # PEFT's: Kaiming with a = sqrt(5)
+        node = {
+            "lora_a": jax.random.uniform(
+                jax.random.fold_in(key, number), (count, wide, lora.rank), minval=-bound,
+                maxval=bound,
+            ),
+            "lora_b": jnp.zeros((count, lora.rank, narrow)),
+        }  # fmt: skip
+        if lora.dora:
+            node["lora_norm"] = column_norm(jnp.asarray(kernel, jnp.float32))
+        put(out, path, node)
+    return out
+
+
+def column_norm(kernel: jax.Array) -> jax.Array:
+    """Length of every output column: [..., in, out] to [..., out]."""
+    return jnp.sqrt(jnp.sum(jnp.square(kernel), axis=-2))
+
+
+def join(base: Params, adapter: Params, lora: Lora) -> Params:
+    """Lays an adapter over the parameters of its base, as `models.Model` takes them.
+
+    Args:
+      base: the frozen parameters.
+      adapter: from `init`, `read` or training.
+      lora: what it is like; its scale is multiplied into `lora_b`.
+
+    Returns:
+      The parameters of both, in one tree; nothing is copied.
+    """
+    out = {name: join(child, {}, lora) if isinstance(child, dict) else child
+           for name, child in base.items()}  # fmt: skip
+    for name, child in adapter.items():
+        if isinstance(child, dict):
+            out[name] = join(base[name], child, lora)
+        else:
+            out[name] = child * lora.scale if name == "lora_b" else child
+    return out
+
+
+def delta(x: jax.Array, plain: jax.Array, node: dict[str, jax.Array], kernel: jax.Array):
+    """The output of a linear map with its adapter.
+
+    Args:
+      x: inputs [N, in], in the compute dtype.
+      plain: `x @ kernel`.
+      node: `lora_a`, `lora_b` (scaled), and `lora_norm` for DoRA.
+      kernel: [in, out], float32.
+
+    Returns:
+      [N, out]. The length that DoRA divides by passes no gradient (section 4.3 of the paper).
+    """
+    a, b = (node[name].astype(x.dtype) for name in ("lora_a", "lora_b"))
+    out = plain + jnp.matmul(jnp.matmul(x, a), b)
+    if "lora_norm" not in node:
+        return out
+    moved = kernel.astype(jnp.float32) + jnp.matmul(node["lora_a"], node["lora_b"])
+    length = jax.lax.stop_gradient(column_norm(moved))
+    return out * (node["lora_norm"] / length).astype(x.dtype)
+
+
+def merge(base: Params, adapter: Params, lora: Lora) -> Params:
+    """The parameters of a model without adapter that computes the same.
+
+    Args:
+      base: the frozen parameters.
+      adapter: its adapter.
+      lora: what that is like.
+
+    Returns:
+      The base with changed kernels, float32; what has no adapter is not copied.
+
+    >>> base = {"layers": {"mlp": {"up": {"kernel": jnp.ones((1, 1, 1))}}}}
+    >>> adapter = {"layers": {"mlp": {"up": {"lora_a": jnp.ones((1, 1, 1)),
+    ...                                      "lora_b": jnp.ones((1, 1, 1))}}}}
+    >>> merged = merge(base, adapter, Lora(rank=1, alpha=2.0))
+    >>> float(merged["layers"]["mlp"]["up"]["kernel"][0, 0, 0])
+    3.0
+    """
+    out = {name: merge(child, {}, lora) if isinstance(child, dict) else child
+           for name, child in base.items()}  # fmt: skip
+    if "lora_a" in adapter:
+        kernel = base["kernel"] + lora.scale * jnp.matmul(
+            adapter["lora_a"], adapter["lora_b"], precision=jax.lax.Precision.HIGHEST
+        )
+        if "lora_norm" in adapter:
+            kernel = kernel * (adapter["lora_norm"] / column_norm(kernel))[..., None, :]
+        return out | {"kernel": kernel}
+    for name, child in adapter.items():
+        out[name] = merge(base[name], child, lora)
+    return out

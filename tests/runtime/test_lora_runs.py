@@ -1,0 +1,132 @@
+"""Whole runs with adapters: reference, resume, export, and going on from an adapter."""
+
+import contextlib
+import json
+import math
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from sage_jax import __main__ as launcher
+from sage_jax import config, models
+from sage_jax.models import lora, peft_files, tensors
+from sage_jax.runtime import interrupt, setup
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+SMALL = {
+    "train.steps": 6, "train.batch_pairs": 8, "curriculum.pool_size": 48, "checkpoint.every": 3,
+    "eval.count": 8, "eval.every": 3, "eval.batch": 8, "compare.uniform": False,
+    "data.limit": 100, "loss.beta": 0.5, "loss.nll_weight": 0.0, "optim.lr": 1e-3,
+    "eval.kl_prompts": 2, "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2,
+    "selection.keep": 0.5, "selection.uniform_share": 0.5, "selection.refresh": 0.5,
+    "selection.scoring_dtype": "bfloat16", "eval.max_new_tokens": 8,
+}  # fmt: skip
+LORA = {"lora.rank": 4, "lora.targets": "attention/[qv]$|mlp/up"}
+
+
+def command(mode, workdir, **changes):
+    settings = [f"--config.{k}={v}" for k, v in (SMALL | changes).items()]
+    return [mode, f"--config={ROOT / 'configs/quickstart.py'}", f"--workdir={workdir}", *settings]
+
+
+def rows_of(workdir):
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    where = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SAGE_JAX_CACHE", str(where))
+        yield where
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    where = tmp_path_factory.mktemp("lora") / "run"
+    assert launcher.main(command("train", where, **LORA)) == 0
+    return where
+
+
+@pytest.mark.slow
+def test_the_first_loss_is_ln_2_and_the_reference_is_that_of_the_base(run, cache):
+    rows = rows_of(run)
+    assert np.float32(rows[0]["loss"]) == np.float32(math.log(2))
+    assert rows[0]["rewards/margins"] == pytest.approx(0, abs=1e-6)  # of two programs, on a mesh
+    assert rows[0]["rewards/accuracies"] == 0
+    assert rows[-2]["loss"] != rows[0]["loss"]
+    assert rows[0]["eval_kl"] == 0 and rows[-1]["eval_kl"] > 0
+    _, params = models.load("package:sage_jax/assets/quickstart")
+    stored = list((cache / "reference").rglob("*.safetensors"))
+    assert stored and all(models.fingerprint(params) in str(file) for file in stored)
+
+
+@pytest.mark.slow
+def test_what_is_exported_is_the_base_with_the_adapter_merged(run):
+    model, params = models.load("package:sage_jax/assets/quickstart")
+    exported, merged = models.load(run / "export")
+    settings, adapter = peft_files.read(run / "adapter", model.spec)
+    assert exported.spec == model.spec and settings.rank == 4
+    changed = {
+        path
+        for (path, a), (_, b) in zip(tensors.leaves(params), tensors.leaves(merged), strict=True)
+        if not np.array_equal(a, b)
+    }
+    assert changed == {f"layers/{at}/kernel" for at in ("attention/q", "attention/v", "mlp/up")}
+    tokens = np.arange(20)[None] % model.spec.vocab
+    adapted = jax.jit(model.logits)(lora.join(params, adapter, settings), tokens)
+    np.testing.assert_allclose(jax.jit(model.logits)(merged, tokens), adapted, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_stopped_run_with_adapters_goes_on_the_same(run, tmp_path, monkeypatch):
+    calls = []
+
+    @contextlib.contextmanager
+    def after_four():
+        yield lambda: calls.append(1) or len(calls) >= 4
+
+    with monkeypatch.context() as patch:
+        patch.setattr(interrupt, "stop_signal", after_four)
+        assert launcher.main(command("train", tmp_path / "run", **LORA)) == 0
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert launcher.main(command("train", tmp_path / "run", **LORA)) == 0
+    assert rows_of(tmp_path / "run") == rows_of(run)
+    for file in ("export/model.safetensors", "adapter/adapter_model.safetensors"):
+        assert (tmp_path / "run" / file).read_bytes() == (run / file).read_bytes()
+
+
+@pytest.mark.slow
+def test_an_adapter_is_a_starting_point_and_its_own_reference(run, tmp_path, capsys):
+    start = {"lora.path": run / "adapter"}
+    assert launcher.main(command("train", tmp_path / "on", **start, **{"train.steps": 2})) == 0
+    rows = rows_of(tmp_path / "on")
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert rows[0]["eval_kl"] == pytest.approx(0, abs=1e-6)
+    last = rows_of(run)[-1]
+    assert rows[0]["eval_accuracy"] == last["eval_accuracy"]
+    assert launcher.main(command("score", tmp_path / "scored", **start, **{
+        "selection.refresh": -1.0, "selection.scoring_dtype": "", "selection.guard": "off",
+    })) == 0  # fmt: skip
+    assert (tmp_path / "scored" / "selected.jsonl").read_text()
+
+
+def test_settings_of_adapters_that_cannot_apply_are_refused():
+    for settings, message in (
+        ({"alpha": 8.0}, "lora.alpha=8.0 needs adapters: set config.lora.rank"),
+        ({"rank": 4, "path": "somewhere"}, "lora.rank=4 is set, but the adapter of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            config.resolve({"lora": settings})
+    with pytest.raises(ValueError, match="'new' has none"):
+        config.resolve({"lora": {"rank": 4}, "model": {"path": "new"}})
+    with pytest.raises(ValueError, match=r"router_aux=-2\.0 has to be"):
+        config.resolve({"model": {"router_aux": -2.0}})
+    plain = config.resolve({"model": {"router_aux": 0.1, "path": "a"}})
+    model = models.Model(models.ModelSpec(vocab=8, d_model=8, d_ff=8, layers=1, heads=1))
+    with pytest.raises(ValueError, match=r"router_aux=0\.1 balances .* 'a' has none"):
+        setup.router_aux(plain, model)

@@ -91,7 +91,7 @@ def chosen_from(memory, run, job):
     run = config.settle_data(run, job["pairs"].columns)
     return rounds.next_round(
         1, memory, None, None, run=run, loss=setup.make_loss(run), pairs=job["pairs"],
-        shapes=job["passes"].shape.every, score_pool=None,
+        shape=job["passes"].shape, score_pool=None,
     )  # fmt: skip
 
 

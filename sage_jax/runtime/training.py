@@ -173,7 +173,7 @@ def fit(run: config.Run, workdir: pathlib.Path, mode: str) -> int:
 def keep_programs(run: config.Run, workdir: pathlib.Path) -> None:
     """Keeps compiled programs, by train.compile_cache, unless JAX keeps them elsewhere already."""
     setting = run.train.compile_cache
-    if not setting or jax.config.read("jax_compilation_cache_dir"):
+    if not setting or jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         return
     from jax.experimental.compilation_cache import compilation_cache
 

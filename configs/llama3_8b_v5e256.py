@@ -1,7 +1,8 @@
 """Llama-3-8B, all weights, on a v5e pod of 256 chips, pairs of 2 x 4096 tokens.
 
     sage-jax compile --config=configs/llama3_8b_v5e256.py --topology=v5e:16x16
-    sage-jax train   --config=configs/llama3_8b_v5e256.py --workdir=gs://bucket/run \
+    sage-jax train   --config=configs/llama3_8b_v5e256.py --workdir=runs/llama \
+                     --config.checkpoint.directory=gs://bucket/llama \
                      --config.model.path=/models/Meta-Llama-3-8B-Instruct \
                      --config.data.train=pairs.jsonl
 """

@@ -1,7 +1,8 @@
 """Llama-3.1-8B, all weights, on 64 chips of v5p, pairs of 2 x 32768 tokens.
 
     sage-jax compile --config=configs/llama3_8b_v5p64.py --topology=v5p:4x4x4
-    sage-jax train   --config=configs/llama3_8b_v5p64.py --workdir=gs://bucket/run \
+    sage-jax train   --config=configs/llama3_8b_v5p64.py --workdir=runs/llama \
+                     --config.checkpoint.directory=gs://bucket/llama \
                      --config.model.path=/models/Llama-3.1-8B-Instruct \
                      --config.data.train=pairs.jsonl
 

@@ -27,7 +27,9 @@ MODES = {  # name -> one line of help; the functions are in runtime/modes.py
     "export": "write a run's latest weights as a Hugging Face directory",
     "report": "write report.html of a workdir again",
     "doctor": "look a data set over: lengths, truncation, duplicates, bad rows",
+    "compile": "memory, cost and collectives of a run's steps on a TPU pod, without one",
 }
+OWN_FLAGS = {"compile": {"topology": str, "steps": str, "search": bool, "json": bool}}
 FROM_WORKDIR = ("export", "report")  # these find their settings in the workdir of the run
 USAGE = """usage: sage-jax MODE --config=FILE --workdir=DIR [--config.key=value ...]
 
@@ -35,7 +37,9 @@ modes:
 {modes}
 
 FILE is a config (configs/quickstart.py) or the name of one that comes with the package
-(quickstart); export and report need only the workdir. A run that was stopped or killed goes on
+(quickstart); export and report need only the workdir. compile takes --topology=v5e:16x16 (any TPU
+slice, or cpu:8), --steps=train,score,eval,sample, --search=false and --json, and ends with 3 when
+something does not fit. A run that was stopped or killed goes on
 when its command is given again. Every setting and its default: python -m sage_jax.config
 
 On several hosts the command is the same on each. TPU slices, SLURM, Kubernetes and MPI say who
@@ -116,6 +120,12 @@ def parse(argv: list[str]) -> tuple[str, Any, pathlib.Path | None]:
         if not equals:
             raise UsageError(f"--{name} needs a value: --{name}=...")
     given = {a.removeprefix("--").partition("=")[0]: a.partition("=")[2] for a in arguments}
+    if "://" in given.get("workdir", ""):
+        raise UsageError(
+            f"--workdir={given['workdir']}: a workdir holds small files that grow, so it is a "
+            f"directory. Only checkpoints go to a URI: "
+            f"--config.checkpoint.directory={given['workdir']}."
+        )
     workdir = pathlib.Path(given["workdir"]).expanduser() if given.get("workdir") else None
     overrides = [a for a in arguments if a.startswith("--config.")]
     if "config" in given:
@@ -127,6 +137,31 @@ def parse(argv: list[str]) -> tuple[str, Any, pathlib.Path | None]:
     else:
         config = _of_workdir(workdir)
     return mode, _override(config, overrides, known), workdir
+
+
+def take_own_flags(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """The command line without the flags that only its mode has, and these.
+
+    Raises:
+        UsageError: a value that is not of the flag's kind.
+
+    >>> take_own_flags(["compile", "--topology=v5e:4x4", "--json", "--config=quickstart"])
+    (['compile', '--config=quickstart'], {'topology': 'v5e:4x4', 'json': True})
+    """
+    own: dict[str, Any] = {}
+    kinds, rest = OWN_FLAGS[argv[0]], argv[:1]
+    switches = [f"--{name}" for name, kind in kinds.items() if kind is bool]
+    for argument in _join_values([f"{a}=true" if a in switches else a for a in argv[1:]]):
+        name, _, text = argument.removeprefix("--").partition("=")
+        if name not in kinds:
+            rest.append(argument)
+        elif kinds[name] is not bool:
+            own[name] = text
+        elif text.lower() in ("true", "false"):
+            own[name] = text.lower() == "true"
+        else:
+            raise UsageError(f"--{name}={text!r} is not a bool. Write true or false.")
+    return rest, own
 
 
 def _run_file(path: pathlib.Path) -> Any:
@@ -255,6 +290,11 @@ def _run(argv: list[str]) -> int:
     from sage_jax import config as settings
     from sage_jax.runtime import hosts
 
+    if argv[0] in OWN_FLAGS:  # a command of one process, whatever machine it is typed on
+        argv, own = take_own_flags(argv)
+        mode, config, workdir = parse(argv)
+        modes = importlib.import_module("sage_jax.runtime.modes")
+        return getattr(modes, mode)(settings.resolve(config), workdir, **own)
     argv, given = hosts.take_flags(argv)
     hosts.start(given)
     mode, config, workdir = parse(argv)

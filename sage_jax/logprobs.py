@@ -34,7 +34,8 @@ class SequenceStats(NamedTuple):
 
 # `(hidden_RTD, targets_RT, segment_RT, mask_RT, head_DV) -> (TokenStats, segment_RT, mask_RT)`
 TokenFn = Callable[..., tuple[head.TokenStats, Array, Array]]
-TokenStats, chunk_length = head.TokenStats, head.chunk_length
+TokenStats = head.TokenStats
+chunk_length = head.chunk_length
 
 
 def token_stats(
@@ -156,8 +157,25 @@ def _completion_chunk(
     return min(chunk_length(rows, length, vocabulary, budget_bytes), fine)
 
 
+def head_chunks(tokens: int, vocabulary: int, budget_bytes: int) -> int:
+    """How many chunks the head makes of so many tokens on one device, if all of them count.
+
+    >>> head_chunks(8192, 128256, 2**26)
+    64
+    """
+    return math.ceil(tokens / _completion_chunk(1, tokens, vocabulary, budget_bytes))
+
+
 def predictors(hidden_RTD: Array, batch: batches.PackedBatch) -> Array:
-    """The hidden states that predict what `targets` says of each position, [R, T, D]."""
+    """The hidden states that predict what `targets` says of each position, [R, T, D].
+
+    >>> rows = batches.empty(1, 2, 1)
+    >>> index = jnp.zeros((1, 2), jnp.int32)
+    >>> shared = rows._replace(shared=batches.Shared(index, index, index + 1))
+    >>> hidden = jnp.array([[[1.0], [2.0]]])
+    >>> predictors(hidden, rows).ravel().tolist(), predictors(hidden, shared).ravel().tolist()
+    ([1.0, 2.0], [2.0, 2.0])
+    """
     if batch.shared is None:
         return hidden_RTD
     return jnp.take_along_axis(hidden_RTD, jnp.asarray(batch.shared.source_RT)[..., None], 1)

@@ -16,7 +16,9 @@ of each pair's posterior. No forward pass is made for any of it. Plain numpy, on
 
 A policy that trains on flipped labels learns them by heart, one after the other: then it no longer
 contradicts any, and the share that can be read off falls to 0, while flipped pairs still have
-lower margins than others. So a share that was once well supported is held (`Held`).
+lower margins than others. So a share that was well supported time and again is held (`Held`). One
+look is not enough for that: a policy that is surely wrong of many right labels contradicts them
+until training has mended it, which takes a round or two.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ QUANTILE = 0.25  # lowest reward margins that the guard "quantile" leaves out
 LIKELY = 0.5  # posterior from which on a pair is suspected
 LEAST_SHARE = 0.05  # estimated share of flips from which on the guard "auto" acts,
 LEAST_GAIN = 3.0  # if it explains the data by so many nats better than no flips
+LEAST_HELD = 30.0  # sum of such gains over a run, nats, from which on their mean share is held
 LEAST_PAIRS = 256  # pairs that have to be known before anything is concluded
 _BINS = 256
 _LARGEST_SHARE = 0.45  # beyond that right and wrong labels cannot be told apart
@@ -41,13 +44,18 @@ class Held(NamedTuple):
     weight: float = 0.0  # sum of the gains, nats; 0 = there was none yet
     share: float = 0.0  # mean of the shares, weighted by their gains
 
+    @property
+    def firm(self) -> bool:
+        """Whether there were enough to go by their mean: one or two looks may err."""
+        return self.weight >= LEAST_HELD
+
     def with_estimate(self, share: float, gain: float) -> Held:
         """Takes an estimate in, if it is one that the guard "auto" would act on.
 
-        >>> Held().with_estimate(0.1, 4.0).with_estimate(0.2, 4.0).with_estimate(0.0, 0.5)
-        Held(weight=8.0, share=0.15...)
+        >>> Held().with_estimate(0.125, 4.0).with_estimate(0.25, 4.0).with_estimate(0.0, 0.5)
+        Held(weight=8.0, share=0.1875)
         """
-        if share < LEAST_SHARE or gain < LEAST_GAIN:
+        if not _supported(share, gain):
             return self
         weight = self.weight + gain
         return Held(weight, self.share + gain / weight * (share - self.share))
@@ -69,8 +77,8 @@ class Flips(NamedTuple):
 
     @property
     def many(self) -> bool:
-        """Whether there are, or were, enough flips for the guard "auto" to act."""
-        return self.held.weight > 0
+        """Whether there are, or were for some time, enough flips for the guard "auto" to act."""
+        return self.held.firm or _supported(self.share, self.gain)
 
 
 def evidence(
@@ -128,8 +136,8 @@ def detect(evidence_NE: np.ndarray, held: Held | None = None) -> Flips:
     Args:
         evidence_NE: float, E numbers for each of N pairs, all with the sign of the label, larger =
             more surely right; rows with a nan are not known.
-        held: of earlier estimates of the same data. If there is a share among them, it and the
-            present one, if well supported, make the prior, whatever the present one is.
+        held: of earlier estimates of the same data. Once it is firm, with the present one if that
+            is well supported, its share is the prior, whatever the present one is.
 
     Returns:
         Flips; the same for every order of the pairs. Nothing is known of fewer than `LEAST_PAIRS`,
@@ -152,10 +160,10 @@ def detect(evidence_NE: np.ndarray, held: Held | None = None) -> Flips:
     unknown = np.full(len(x), np.nan)
     s = _direction(x[known_N]) if known_N.sum() >= LEAST_PAIRS else np.zeros(0)
     if not s.any():
-        return Flips(unknown, unknown.copy(), held.share, 0.0, held)
+        return Flips(unknown, unknown.copy(), held.share if held.firm else 0.0, 0.0, held)
     share, slope, gain = _fit(s)
     held = held.with_estimate(share, gain)
-    if held.weight:
+    if held.firm:
         share, slope, _ = _fit(s, held.share)
     log_odds_N, posterior_N = unknown.copy(), unknown
     log_odds_N[known_N] = slope * s
@@ -241,6 +249,10 @@ def _direction(x_ME: np.ndarray) -> np.ndarray:
             return np.sum(x_ME * weight_E, axis=1)
         x_ME = np.delete(x_ME, np.argmin(weight_E), axis=1)
     return np.zeros(len(x_ME))
+
+
+def _supported(share: float, gain: float) -> bool:
+    return share >= LEAST_SHARE and gain >= LEAST_GAIN
 
 
 def _mean(x: np.ndarray) -> np.ndarray:

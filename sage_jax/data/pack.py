@@ -69,7 +69,7 @@ def shape(
       The shape.
 
     >>> shape(np.array([[10, 12], [3, 4], [4, 3], [5, 6]]), batch_pairs=2, packing=False)
-    RowShape(row_length=24, rows=2, slots=1)
+    RowShape(row_length=24, rows=2, slots=1, sizes=())
     """
     length_N = _each(lengths_N2)
     if batch_pairs < 1 or len(length_N) == 0:
@@ -79,13 +79,11 @@ def shape(
     longest = int(length_N.max())
     if not packing:
         return RowShape(_round_up(longest, multiple), _round_up(batch_pairs, rows_multiple), 1)
-    rng = np.random.default_rng(0)
-    repeat = batch_pairs > len(length_N)
-    drawn = [rng.choice(length_N, batch_pairs, replace=repeat) for _ in range(SIMULATED_BATCHES)]
+    drawn = _draw(length_N, batch_pairs)
     tried = []
     for factor in factors:
         if factor == LONG:
-            tried.append(_long(drawn, longest, rows_multiple, sizes, float(length_N.mean())))
+            tried.append(_even(drawn, longest, rows_multiple, sizes, float(length_N.mean())))
             continue
         row_length = _round_up(factor * longest, multiple)
         rows, slots = _rows_needed(drawn, row_length, 1 - overflow)
@@ -93,7 +91,49 @@ def shape(
     return min(tried, key=lambda found: (found.row_length * found.rows, found.row_length))
 
 
-def _long(
+def even(
+    lengths_N2: np.ndarray, *, batch_pairs: int, rows: int, sizes: int = 4, unit: int = 1
+) -> RowShape:
+    """The shape of so many rows that holds any batch of no more tokens than random ones have.
+
+    Args:
+      lengths_N2: integers [N, 2], tokens of each sequence; or [N], tokens of each pair in a row.
+      batch_pairs: pairs in a batch.
+      rows: rows in a batch.
+      sizes: row lengths in use. The last holds any batch that one row of `capacity` tokens holds;
+        with several rows it is seldom needed.
+      unit: row lengths are multiples of this.
+
+    Returns:
+      The shape; its `slots` hold any batch.
+
+    >>> even(np.full(9, 40), batch_pairs=4, rows=2, sizes=2)
+    RowShape(row_length=80, rows=2, slots=4, sizes=(80, 120))
+    """
+    length_N = _each(lengths_N2)
+    drawn, longest = _draw(length_N, batch_pairs), int(length_N.max())
+    found = _even(drawn, longest, rows, sizes - (rows > 1), float(length_N.mean()))
+    # Longest first on the emptiest row: none gets more than the mean and one pair (Graham, 1969).
+    surest = -(-capacity(length_N, batch_pairs) // rows) + (longest if rows > 1 else 0)
+    levels = [*(found.sizes or (found.row_length,)), _round_up(surest, _grain(surest))]
+    levels = sorted({_round_up(length, unit) for length in levels})
+    usual = _round_up(found.row_length, unit)
+    return RowShape(usual, rows, max(found.slots, batch_pairs), tuple(levels))
+
+
+def capacity(lengths_N2: np.ndarray, batch_pairs: int) -> int:
+    """Most tokens that `batch_pairs` pairs drawn at random have together, of many draws."""
+    most = max(int(lengths.sum()) for lengths in _draw(_each(lengths_N2), batch_pairs))
+    return max(most, int(_each(lengths_N2).max()))
+
+
+def _draw(length_N: np.ndarray, batch_pairs: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    repeat = batch_pairs > len(length_N)
+    return [rng.choice(length_N, batch_pairs, replace=repeat) for _ in range(SIMULATED_BATCHES)]
+
+
+def _even(
     drawn: Sequence[np.ndarray], longest: int, rows: int, sizes: int, mean: float
 ) -> RowShape:
     """As few rows as there may be, and the row lengths that waste least on these batches."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from sage_jax import batch
-from sage_jax.data import encode, pool
+from sage_jax.data import encode, pool, steps
 
 
 def batches(
@@ -22,6 +22,7 @@ def batches(
     threads: int = 2,
     prefetch: int = 4,
     rows_L: np.ndarray | None = None,
+    shape: steps.Shape | None = None,
 ) -> Generator[batch.PackedBatch]:
     """The batches `start`, `start + 1`, ... of a plan, as numpy arrays.
 
@@ -37,6 +38,7 @@ def batches(
       start: first batch, in [0, K].
       threads: threads that build batches ahead; 0 builds them when asked for.
       prefetch: batches built ahead.
+      shape: as in `pool.PlannedBatches`.
       rows_L: int, the rows of each batch to build (of several processes, each its own); None = all.
 
     Returns:
@@ -53,6 +55,7 @@ def batches(
         ref_logps_N2=ref_logps_N2,
         weight_N=weight_N,
         rows_L=rows_L,
+        shape=shape,
     )
     if not 0 <= start <= len(source):
         raise ValueError(f"start={start} lies outside the plan of {len(source)} batches.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from sage_jax import batch
-from sage_jax.data import encode, pack
+from sage_jax.data import encode, pack, steps
 
 
 class PlannedBatches:
@@ -17,6 +17,8 @@ class PlannedBatches:
       row_length: tokens in a row.
       ref_logps_N2: float [N, 2], reference log-probabilities in nats, or None.
       weight_N: float [N], weights of the pairs, or None.
+      shape: row lengths to choose from for each batch, and whether prompts are shared; None =
+        `row_length`, and they are not.
       rows_L: int, the rows of each batch to build, such as those that this process needs; None =
         all.
 
@@ -33,6 +35,7 @@ class PlannedBatches:
         ref_logps_N2: np.ndarray | None = None,
         weight_N: np.ndarray | None = None,
         rows_L: np.ndarray | None = None,
+        shape: steps.Shape | None = None,
     ):
         rows = pair_KRS.shape[1]
         if rows_L is not None and len(rows_L) and not 0 <= min(rows_L) <= max(rows_L) < rows:
@@ -40,7 +43,11 @@ class PlannedBatches:
                 f"rows_L={list(rows_L)} of a plan with {rows} rows; each must lie in [0, {rows})."
             )
         self._local_KRS = pair_KRS if rows_L is None else pair_KRS[:, rows_L]
-        self._encoded, self._row_length = encoded, row_length
+        self._encoded, self._share = encoded, shape is not None and shape.share
+        self._length_K = np.full(len(pair_KRS), row_length)
+        if shape is not None:
+            length_N = encoded.row_lengths(shape.share)
+            self._length_K[:] = [shape.length_of(pair_RS, length_N) for pair_RS in pair_KRS]
         self._ref_logps_N2, self._weight_N = ref_logps_N2, weight_N
 
     def __len__(self) -> int:
@@ -50,10 +57,12 @@ class PlannedBatches:
         return pack.collate(
             self._encoded,
             self._local_KRS[k],
-            self._row_length,
+            int(self._length_K[k]),
             ref_logps_N2=self._ref_logps_N2,
             weight_N=self._weight_N,
+            share=self._share,
         )
 
     def __repr__(self) -> str:
-        return f"PlannedBatches(shape={self._local_KRS.shape}, row_length={self._row_length})"
+        longest = self._length_K.max(initial=0)
+        return f"PlannedBatches(shape={self._local_KRS.shape}, row_length={longest})"

@@ -1,9 +1,9 @@
 """Which pairs each step trains, whatever devices train them; and the rows they lie in on a mesh.
 
-A batch has as many rows as the devices divide by, so the cheapest shape differs from one mesh to
-another. The pairs of a step must not: a run that goes on elsewhere trains what it would have
-trained here. So a step takes only pairs that fit into every shape a mesh may choose from, before
-its rows are rounded up to what its devices divide by.
+A batch has as many rows as the devices divide by, so the shape differs from one mesh to another.
+The pairs of a step must not: a run that goes on elsewhere trains what it would have trained here.
+So a step takes the next pairs as long as their tokens together stay under a capacity that follows
+from the lengths alone, and the rows of every mesh have room for any such step.
 """
 
 from __future__ import annotations
@@ -15,51 +15,80 @@ import numpy as np
 
 from sage_jax.data import pack
 
-FACTORS = (1, 2, 3)  # row lengths to choose from, in longest pairs
-OVERFLOW = 0.01  # share of random batches that do not fit into one of the shapes
+FACTORS = (1, 2, 3)  # row lengths to choose from, in longest pairs, where short rows are cheaper
+SIZES = 4  # row lengths in use, each of them a program to compile
 
 
 class Shape(NamedTuple):
-    """The static shape of a batch on a mesh, and all those that meshes choose from."""
+    """The static shapes of a batch on a mesh, and what decides which pairs a step takes."""
 
-    row_length: int  # tokens in a row
+    row_length: int  # tokens in a row, nearly always
     rows: int  # rows in a batch, over all processes; a multiple of what the devices divide by
     slots: int  # most pairs in a row
-    every: tuple[pack.RowShape, ...]  # the same on every mesh
+    every: tuple[pack.RowShape, ...]  # the same on every mesh: what a step has to fit into
+    sizes: tuple[int, ...] = ()  # row lengths in use, ascending; () = row_length alone
+    share: bool = False  # both completions of a pair share one prompt
+
+    def length_of(self, pair_RS: np.ndarray, length_N: np.ndarray) -> int:
+        """Tokens in a row of the batch that holds these pairs."""
+        return pack.row_length(pair_RS, length_N, self.packed)
+
+    @property
+    def packed(self) -> pack.RowShape:
+        """Of these rows alone."""
+        most = max((self.row_length, *self.sizes))
+        return pack.RowShape(most, self.rows, self.slots, self.sizes)
 
 
 def shape(
-    lengths_N2: np.ndarray, *, batch_pairs: int, packing: bool = True, rows_multiple: int = 1
+    lengths_N2: np.ndarray,
+    *,
+    batch_pairs: int,
+    packing: bool = True,
+    rows_multiple: int = 1,
+    unit: int = 1,
+    long: bool = False,
+    share: bool = False,
 ) -> Shape:
     """The shape of fewest tokens on a mesh.
 
     Args:
-      lengths_N2: integers [N, 2], tokens of each sequence.
+      lengths_N2: integers [N, 2], tokens of each sequence; or [N], tokens of each pair in a row.
       batch_pairs: pairs in a step.
       packing: False gives each pair a row of its own.
       rows_multiple: the number of rows is a multiple of this: devices that share the row axis,
         times the parts of a step.
+      unit: the length of rows is a multiple of this.
+      long: as few rows as there may be, for attention whose costs do not grow with the row.
+      share: the lengths are of rows with shared prompts.
 
     >>> one = shape(np.full((9, 2), 20), batch_pairs=3)
     >>> one[:3], shape(np.full((9, 2), 20), batch_pairs=3, rows_multiple=2)[:3]
-    ((40, 3, 1), (40, 4, 1))
+    ((40, 3, 3), (40, 4, 3))
     >>> one.every
-    (RowShape(row_length=40, rows=3, slots=1), RowShape(row_length=80, rows=2, slots=2), \
-RowShape(row_length=120, rows=1, slots=3))
+    (RowShape(row_length=120, rows=1, slots=3, sizes=()),)
     """
-    every = tuple(
-        pack.shape(
-            lengths_N2,
-            batch_pairs=batch_pairs,
-            packing=packing,
-            factors=(factor,),
-            overflow=OVERFLOW,
-        )
-        for factor in (FACTORS if packing else (1,))
+    longest = int((lengths_N2.sum(axis=1) if lengths_N2.ndim == 2 else lengths_N2).max())
+    if not packing:
+        alone = pack.shape(lengths_N2, batch_pairs=batch_pairs, packing=False)
+        rows = -(-batch_pairs // rows_multiple) * rows_multiple
+        length = -(-alone.row_length // unit) * unit
+        return Shape(length, rows, 1, (alone,), (), share)
+    most = pack.capacity(lengths_N2, batch_pairs)
+    every = (pack.RowShape(most, 1, batch_pairs),)
+    counts = {rows_multiple}
+    if not long:
+        needed = [-(-most // (factor * longest)) for factor in FACTORS]
+        counts |= {-(-rows // rows_multiple) * rows_multiple for rows in needed}
+    tried = [
+        pack.even(lengths_N2, batch_pairs=batch_pairs, rows=rows, sizes=SIZES, unit=unit)
+        for rows in sorted(counts)
+    ]
+    # Where rows are not long, the least that is not much more than another, in shorter rows.
+    best = min(
+        tried, key=lambda one: (round(np.log(one.row_length * one.rows) / 0.05), one.row_length)
     )
-    rounded = [one._replace(rows=-(-one.rows // rows_multiple) * rows_multiple) for one in every]
-    best = min(rounded, key=lambda found: (found.row_length * found.rows, found.row_length))
-    return Shape(*best, every)
+    return Shape(best.row_length, best.rows, best.slots, every, best.sizes, share)
 
 
 def split(
@@ -132,16 +161,17 @@ def place(lengths_N2: np.ndarray, pair_KB: np.ndarray, shape: Shape) -> np.ndarr
 
     >>> lengths = np.full((4, 2), 4)
     >>> place(lengths, np.array([[2, 0]]), Shape(16, 2, 2, ())).tolist()
-    [[[2, 0], [-1, -1]]]
+    [[[2, -1], [0, -1]]]
     """
     pair_KRS = np.full((len(pair_KB), shape.rows, shape.slots), -1, np.int32)
+    longest = shape.packed.row_length
     for k, step in enumerate(np.asarray(pair_KB)):
         pairs = step[step >= 0]
-        plan = _plan(np.asarray(lengths_N2)[pairs], shape.row_length, shape.rows, shape.slots)
+        plan = _plan(np.asarray(lengths_N2)[pairs], longest, shape.rows, shape.slots)
         if (plan >= 0).sum() < len(pairs):
             raise ValueError(
                 f"The {len(pairs)} pairs of step {k} do not fit into {shape.rows} rows of "
-                f"{shape.row_length} tokens. Give the shape that `shape` made of the same lengths."
+                f"{longest} tokens. Give the shape that `shape` made of the same lengths."
             )
         pair_KRS[k] = np.where(plan >= 0, pairs[plan], -1)
     return pair_KRS

@@ -8,11 +8,13 @@ gives their outputs.
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sage_jax.models import attention_blocks, attention_spread
@@ -30,7 +32,7 @@ def _kernel(
 
     block = next(b for b in (BLOCK, 384, 256, LANES) if (length // shards) % b == 0)
     shape = (length, length)
-    mask = splash.CausalMask(shape)
+    mask: Any = splash.CausalMask(shape)
     if ahead:
         mask = splash.LocalMask(shape, (0, None), 0)
     elif window:
@@ -40,17 +42,20 @@ def _kernel(
         block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
         block_q_dq=block, block_kv_dq=block,
     )  # fmt: skip
-    # The kernel's arrays of block indices have to be concrete, also when the first call is traced.
-    with jax.ensure_compile_time_eval():
-        return splash.make_splash_mha(
-            splash.MultiHeadMask([mask] * heads),
-            block_sizes=sizes,
-            head_shards=1,
-            q_seq_shards=shards,
-            attn_logits_soft_cap=softcap or None,
-            residual_checkpoint_name=attention_blocks.SAVED,
-            interpret=interpret,
-        )
+    make = functools.partial(
+        splash.make_splash_mha,
+        splash.MultiHeadMask([mask] * heads),
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=shards,
+        attn_logits_soft_cap=softcap or None,
+        residual_checkpoint_name=attention_blocks.SAVED,
+        interpret=interpret,
+    )
+    # The kernel's arrays of block indices have to be concrete, also when the first call is traced;
+    # under Flax's scan `ensure_compile_time_eval` leaves tracers. A thread is in no trace.
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        return jax.tree.map(np.asarray, thread.submit(make).result())
 
 
 def attend(

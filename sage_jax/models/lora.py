@@ -146,15 +146,25 @@ def join(base: Params, adapter: Params, lora: Lora) -> Params:
       lora: what it is like; its scale is multiplied into `lora_b`.
 
     Returns:
-      The parameters of both, in one tree; nothing is copied.
+      The parameters of both, in one tree; nothing of the base is copied.
     """
-    out = {name: join(child, {}, lora) if isinstance(child, dict) else child
-           for name, child in base.items()}  # fmt: skip
+    return lay(
+        base,
+        jax.tree_util.tree_map_with_path(
+            lambda path, leaf: leaf * lora.scale if path[-1].key == "lora_b" else leaf, adapter
+        ),
+    )
+
+
+def lay(base: Params, adapter: Params) -> Params:
+    """The leaves of both trees in one; also of shapes.
+
+    >>> lay({"q": {"kernel": 1}}, {"q": {"lora_a": 2}})
+    {'q': {'kernel': 1, 'lora_a': 2}}
+    """
+    out = dict(base)
     for name, child in adapter.items():
-        if isinstance(child, dict):
-            out[name] = join(base[name], child, lora)
-        else:
-            out[name] = child * lora.scale if name == "lora_b" else child
+        out[name] = lay(base[name], child) if isinstance(child, dict) else child
     return out
 
 

@@ -8,6 +8,7 @@ length need not be known ahead; the state restores onto whatever mesh the abstra
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
@@ -18,16 +19,60 @@ from typing import Any
 import jax
 import numpy as np
 
+from sage_jax import config
+
+_STORES = ("gs", "s3")  # of URIs
 # Orbax cannot store arrays without elements; their dtypes and shapes go into the JSON.
 _EMPTY = "__empty_arrays__"
 _FILLER = "__filler__"  # Orbax refuses an item without any leaf
+
+
+def place(directory: str | os.PathLike[str]) -> Any:
+    """A directory by path or URI, as what Orbax takes.
+
+    Raises:
+        ValueError: a URI of a kind that Orbax does not write to.
+        ImportError: the package that knows the store is not installed.
+
+    >>> place("runs/mine").is_absolute()
+    True
+    """
+    text = os.fspath(directory)
+    kind, found, _ = text.partition("://")
+    if not found:
+        return pathlib.Path(text).absolute()
+    if kind not in _STORES:
+        raise ValueError(
+            f"checkpoint.directory={text}: {kind}:// is none of {', '.join(_STORES)}. Mount the "
+            f"store as a directory, or use one of these."
+        )
+    from etils import epath
+
+    _need({"gs": "gcsfs", "s3": "s3fs"}[kind], text, {"gs": "gcs", "s3": "s3"}[kind])
+    return epath.Path(text)
+
+
+def directory(run: config.Run, workdir: pathlib.Path) -> Any:
+    """Where the checkpoints of a run lie."""
+    if not run.checkpoint.directory:
+        return workdir / "checkpoints"
+    return place(run.checkpoint.directory)
+
+
+def _need(package: str, text: str, extra: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise ImportError(
+            f"checkpoint.directory={text} needs the package {package}: pip install "
+            f"'sage_jax[{extra}]'."
+        )
 
 
 class Checkpoints:
     """The checkpoints of one directory; saves run in the background.
 
     Args:
-        directory: where they lie, one sub-directory a step; made when missing.
+        directory: where they lie, one sub-directory a step; made when missing. A path, or a URI of
+            an object store that Orbax writes to itself: gs://bucket/run, s3://bucket/run.
         keep: how many of the newest to keep, at least 1.
         every: a checkpoint is `due` at multiples of this many steps; 0 = never by itself.
 
@@ -44,7 +89,7 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         _quiet()
-        self.directory = pathlib.Path(directory).absolute()
+        self.directory = place(directory)
         self.every = every
         self._ocp = ocp
         self._manager = ocp.CheckpointManager(

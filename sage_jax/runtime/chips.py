@@ -50,6 +50,19 @@ PEAK_FLOPS = {
 }
 
 
+_KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e",
+          "TPU7x": "tpu7x"}  # fmt: skip
+
+
+def usable_bytes(kind: str) -> float:
+    """Main memory of a device by its `device_kind`, 0 where it is not known.
+
+    >>> usable_bytes("TPU v5 lite") / GIB
+    15.75
+    """
+    return TPUS[_KINDS[kind]].usable_bytes if kind in _KINDS else 0.0
+
+
 def ring_bandwidth(
     chip: Chip, coordinates: list[tuple[int, ...]], extent: tuple[int, ...]
 ) -> float:

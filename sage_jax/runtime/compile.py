@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sage_jax import batch, config
-from sage_jax.data import pack
-from sage_jax.models import catalog, decoder, hf, hf_config, lora, sources, spec
+from sage_jax import batch, config, logprobs
+from sage_jax.data import steps as row_shapes
+from sage_jax.models import attention, catalog, decoder, hf, hf_config, lora, sources, spec
 from sage_jax.runtime import chips, compile_report, hlo, programs, setup, state
 from sage_jax.runtime import mesh as meshes
 
@@ -74,6 +74,7 @@ def target(name: str) -> Target:
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # its lock is for TPUs, and none is used
     }
     jax.config.update("jax_platforms", "cpu")
     from jax.experimental import topologies
@@ -170,7 +171,7 @@ def placed(shapes: Any, shardings: Any) -> Any:
     )
 
 
-def rows_of(shape: pack.RowShape, mesh: jax.sharding.Mesh) -> batch.PackedBatch:
+def rows_of(shape: row_shapes.Shape, mesh: jax.sharding.Mesh) -> batch.PackedBatch:
     """Shapes of a batch."""
     one = batch.empty(1, shape.row_length, shape.slots)
     where = meshes.batch_sharding(mesh)
@@ -179,7 +180,7 @@ def rows_of(shape: pack.RowShape, mesh: jax.sharding.Mesh) -> batch.PackedBatch:
     )
 
 
-def row_shape(run: config.Run, mesh: jax.sharding.Mesh) -> pack.RowShape:
+def row_shape(run: config.Run, mesh: jax.sharding.Mesh) -> row_shapes.Shape:
     """The rows of a step when every pair is as long as data.max_length admits."""
     lengths = np.full((max(run.train.batch_pairs, 1), 2), run.data.max_length)
     return setup.row_shape(run, lengths, mesh)
@@ -195,12 +196,12 @@ class Lowered:
     tokens: float  # that go through the model
     model_flops: float  # of the whole batch, by the closed form, nothing recomputed
     beside_bytes: float  # on each device in a training, besides what the program sees
-    trips: int = 1  # of loops that end by a condition on data, at most
+    trips: Callable[[str], float]  # of loops that end by a condition on data, by their path
 
 
 def make_step(name: str, run: config.Run, mesh: jax.sharding.Mesh) -> Lowered:
     """One of `STEPS`, as the run would run it."""
-    run = config.settle_kappa(run, {})
+    run = config.settle_data(run, {})
     policy = abstract_policy(run, mesh)
     if name == "sample":
         return _sample_step(run, policy, mesh)
@@ -209,9 +210,10 @@ def make_step(name: str, run: config.Run, mesh: jax.sharding.Mesh) -> Lowered:
     pairs = min(run.train.batch_pairs, shape.rows * shape.slots)
     lengths = np.full((pairs, 2), min(run.data.max_length, shape.row_length // 2))
     flops = _forward_flops(policy.model, lengths)
+    trips = _trips(policy, shape, mesh)
     tokens = float(lengths.sum())
     tx, _ = state.make_optimizer(run)
-    weights = device_bytes(policy.params)
+    weights = device_bytes(policy.params)  # with adapters: these alone
     if name == "train":
         loss = setup.make_loss(run)
         program = programs.train_step(run, policy, mesh, tx, loss, setup.make_score_fn(run, loss))
@@ -219,30 +221,26 @@ def make_step(name: str, run: config.Run, mesh: jax.sharding.Mesh) -> Lowered:
         nll = (jax.ShapeDtypeStruct((), jnp.float32),) if run.loss.nll_auto else ()
         # The weights that training started from stay: they are the reference of evaluations.
         return Lowered(
-            name,
-            lambda: program.lower(start, policy.frozen, rows, *nll),
-            pairs,
-            tokens,
-            3 * flops,
-            weights,
-        )
+            name, lambda: program.lower(start, policy.frozen, rows, *nll), pairs, tokens,
+            3 * flops, weights, trips,
+        )  # fmt: skip
     # In a training, the optimizer's state and the first weights lie beside a forward pass.
     beside = device_bytes(state.abstract_state(run, policy.params, mesh))
-    params = policy.params
+    params, frozen = policy.params, policy.frozen
     light = name == "score"
     dtype = run.selection.scoring_dtype if light else ""
     if dtype:
-        beside += weights
-        params = jax.tree.map(
+        beside += weights + device_bytes(frozen)
+        params, frozen = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=leaf.sharding),
-            params,
+            (params, frozen),
         )
     program = programs.stats_step(
         policy, mesh, logit_norm="logit_norm" in run.selection.stability, light=light, dtype=dtype
     )
     return Lowered(
-        name, lambda: program.lower(params, policy.frozen, rows), pairs, tokens, flops, beside,
-        trips=8 if light else 1,
+        name, lambda: program.lower(params, frozen, rows), pairs, tokens, flops, beside,
+        trips,
     )  # fmt: skip
 
 
@@ -258,8 +256,18 @@ def _sample_step(run: config.Run, policy: setup.Policy, mesh: jax.sharding.Mesh)
     beside = device_bytes(state.abstract_state(run, policy.params, mesh))
     return Lowered(
         "sample", lambda: program.lower(*arguments), count, float(count * new),
-        _forward_flops(policy.model, lengths), beside, trips=new,
+        _forward_flops(policy.model, lengths), beside, lambda _: new,
     )  # fmt: skip
+
+
+def _trips(
+    policy: setup.Policy, shape: row_shapes.Shape, mesh: jax.sharding.Mesh
+) -> Callable[[str], float]:
+    """How often loops over data run at most: all tokens count, and a query sees half its row."""
+    tokens = shape.rows * shape.row_length // (mesh.size // mesh.shape["tensor"])
+    head = logprobs.head_chunks(tokens, policy.model.spec.vocab, setup.head_memory(mesh).chunk)
+    keys = max(shape.row_length / 2 / attention.BLOCK, 1.0)
+    return lambda path: keys if "attention" in path else head
 
 
 def _forward_flops(model: decoder.Model, lengths: np.ndarray) -> float:
@@ -285,24 +293,33 @@ def compile_step(lowered: Lowered, machine: Target) -> compile_report.StepReport
     try:
         compiled = program.compile()
     except Exception as e:
-        used = _out_of_memory(str(e))
+        used = out_of_memory(str(e))
         if used is None:
             raise
         return compile_report.too_large(lowered, machine, used, time.perf_counter() - start, MARGIN)
     seconds = time.perf_counter() - start
-    text = compiled.as_text()
+    totals, note = None, ""
+    try:
+        totals = hlo.Program(compiled.as_text(), unknown_trips=lowered.trips).totals()
+    except jax.errors.JaxRuntimeError as e:  # written by a libtpu that is newer than jaxlib
+        said = str(e).splitlines()[0]
+        note = (
+            f"The program cannot be read ({said}), so only its memory is known. Install the "
+            f"libtpu that belongs to this jax: pip install 'jax[tpu]=={jax.__version__}'."
+        )
     return compile_report.read(
         lowered,
         machine,
         seconds=seconds,
         memory=compiled.memory_analysis(),
         cost=compiled.cost_analysis() or {},
-        totals=hlo.Program(text, unknown_trips=lowered.trips).totals(),
+        totals=totals,
+        note=note,
         margin=MARGIN,
     )
 
 
-def _out_of_memory(said: str) -> float | None:
+def out_of_memory(said: str) -> float | None:
     """Bytes that a refused program needs, None for another error."""
     if "RESOURCE_EXHAUSTED" not in said and "Ran out of memory" not in said:
         return None

@@ -91,6 +91,7 @@ class StepReport:
     unknown_loops: tuple[str, ...] = ()
     largest_batch: int | None = None  # pairs (prompts for `sample`) that fit; None: not searched
     search_compilations: int = 0
+    note: str = ""
     changes: tuple[str, ...] = ()  # what to do when it does not fit
 
     @property
@@ -140,8 +141,9 @@ def read(
     seconds: float,
     memory: Any,
     cost: dict[str, float],
-    totals: hlo.Totals,
+    totals: hlo.Totals | None,
     margin: float,
+    note: str = "",
 ) -> StepReport:
     """The report of a program that compiled.
 
@@ -151,10 +153,12 @@ def read(
         seconds: that the compilation took.
         memory: of `Compiled.memory_analysis()`.
         cost: of `Compiled.cost_analysis()`.
-        totals: of the compiled text.
+        totals: of the compiled text; None where it cannot be read.
         margin: share of the memory that has to stay free.
+        note: what the reader should know besides.
     """
-    chip = machine.chip
+    chip = machine.chip if totals is not None else None
+    totals = totals or hlo.Totals(0.0, 0.0, 0.0, (), (), ())
     by_kind: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0.0, 0.0])
     for one in totals.collectives:
         found = by_kind[one.kind]
@@ -199,6 +203,7 @@ def read(
         collectives=collectives,
         opaque=totals.opaque,
         unknown_loops=totals.unknown_loops,
+        note=note,
     )
 
 
@@ -292,6 +297,8 @@ def show(
             heads = [f"{report.name}: collectives", "count", "bytes", "at least"]
             print("\n" + progress.table(heads, rows))
     for report in reports:
+        if report.note:
+            print(f"\n{report.name}: {report.note}")
         for name in report.opaque:
             print(f"\n{report.name}: {name} does not say what it costs; it counts as 0.")
         if report.unknown_loops:

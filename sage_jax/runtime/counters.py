@@ -87,17 +87,21 @@ class Counters:
 
 
 def pair_flops(
-    model: decoder.Model, pairs: encode.EncodedPairs, *, light: bool = False
+    model: decoder.Model, pairs: encode.EncodedPairs, *, shared: bool = False
 ) -> np.ndarray:
     """Floating-point operations of one forward pass over each pair, float64 [N].
 
-    A `light` pass (see `logprobs.make_logps_fn`) takes completion tokens alone through the head.
+    Completion tokens alone pass through the head; `shared` prompts are computed once.
     """
     lengths = pairs.lengths_N2.astype(np.float64)
-    through_head = lengths - pairs.start_N2 if light else lengths
     per_token, per_score = model.forward_flops(1, 0, 0), model.forward_flops(0, 1)
     body = lengths * per_token + lengths * (lengths + 1) / 2 * per_score
-    return (body + through_head * model.forward_flops(0, 0, 1)).sum(axis=1)
+    head = (lengths - pairs.start_N2) * model.forward_flops(0, 0, 1)
+    total_N = (body + head).sum(axis=1)
+    if shared:
+        once = pairs.common_N.astype(np.float64)
+        total_N -= once * per_token + once * (once + 1) / 2 * per_score
+    return total_N
 
 
 def speed(tokens: int, flops: float, seconds: float, peak_flops: float | None) -> dict[str, float]:

@@ -14,7 +14,7 @@ from sage_jax import config, step
 from sage_jax.data import encode
 from sage_jax.generate import evaluate, problem, prompting, tasks, verify
 from sage_jax.report import progress
-from sage_jax.runtime import forward, setup
+from sage_jax.runtime import forward, hosts, setup
 
 Check = Callable[[str, str], bool]
 _TURNS = 20  # how many times the problems asked for are drawn, to replace those already seen
@@ -39,6 +39,14 @@ def load_problems(
     Raises:
         ValueError: no such task or file, or a row without prompt or answer.
     """
+    found = _load_problems(source, count, split, seed, verifier, start)
+    hosts.same(f"problems of {source}", found[0])
+    return found
+
+
+def _load_problems(
+    source: str, count: int, split: str, seed: int, verifier: str, start: int
+) -> tuple[list[problem.Problem], Check, str]:
     if source.startswith("task:"):
         task = tasks.resolve(source.removeprefix("task:"))
         check = task.check if verifier == "auto" else verify.VERIFIERS[verifier]

@@ -75,8 +75,11 @@ class Passes:
         # The device is at work while the host takes what came before. But on CPUs two programs at
         # once may meet in another order on another process, and wait for each other for ever.
         ahead = 0 if hosts.several() and jax.default_backend() == "cpu" else 1
+        length_N = pairs.row_lengths(shape.share)
+        # Rows of the usual length, unless a pair is longer, as one may be that came later.
+        longest = max(shape.row_length, int(length_N[index_P].max(initial=0)))
         plan = pack.plan(
-            pairs.lengths_N2, index_P, row_length=shape.row_length, rows=shape.rows,
+            length_N, index_P, row_length=min(longest, shape.packed.row_length), rows=shape.rows,
             slots=shape.slots,
         )  # fmt: skip
         place_N = np.full(len(pairs), -1, np.int64)
@@ -94,7 +97,7 @@ class Passes:
                 bar.update(int(real.sum()))
 
         started: collections.deque = collections.deque()
-        batches = pipeline.batches(pairs, plan, shape.row_length, rows_L=self.rows_L)
+        batches = pipeline.batches(pairs, plan, shape.row_length, rows_L=self.rows_L, shape=shape)
         for pair_RS, rows in zip(plan, batches, strict=True):
             started.append((pair_RS, self._run((logit_norm, light, dtype), params, frozen, rows)))
             if len(started) > ahead:
@@ -143,10 +146,11 @@ class Scorer:
         self._sizes: set[int] = set()  # of passes whose scores have been compiled
         if run.selection.scoring_tokens:
             self.pairs = setup.first_tokens(pairs, run.selection.scoring_tokens)
-            shape = setup.row_shape(run, self.pairs.lengths_N2, passes.mesh)
+            share = passes.shape.share
+            shape = setup.row_shape(run, self.pairs.row_lengths(share), passes.mesh, share=share)
             self.passes = Passes(policy, passes.mesh, shape)
         self.whole_N = (self.pairs.lengths_N2 == pairs.lengths_N2).all(axis=1)
-        self.flops_N = counters.pair_flops(policy.model, self.pairs, light=True)
+        self.flops_N = counters.pair_flops(policy.model, self.pairs, shared=self.passes.shape.share)
 
     def __call__(
         self,
@@ -249,7 +253,8 @@ def stored_stats(
             found = passes.stats(policy.params, pairs, index, logit_norm=logit_norm, bar=bar)
         if spent is not None:
             spent.pairs_reference += len(index)
-            spent.flops_reference += float(counters.pair_flops(policy.model, pairs)[index].sum())
+            of_each = counters.pair_flops(policy.model, pairs, shared=passes.shape.share)
+            spent.flops_reference += float(of_each[index].sum())
             spent.seconds_reference += time.perf_counter() - began
         return found
 

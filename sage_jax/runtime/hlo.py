@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 BYTES = {
     "pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "s64": 8, "u64": 8,
@@ -122,7 +122,7 @@ class Program:
 
     Args:
         text: of `jax.stages.Compiled.as_text()`.
-        unknown_trips: the trip count of loops that end by a condition on data.
+        unknown_trips: from the path of a loop that ends by a condition on data to its trip count.
 
     >>> text = '''HloModule m
     ... ENTRY %main (a: f32[2,3]) -> f32[2,4] {
@@ -134,7 +134,7 @@ class Program:
     48.0
     """
 
-    def __init__(self, text: str, *, unknown_trips: int = 1):
+    def __init__(self, text: str, *, unknown_trips: Callable[[str], float] = lambda _: 1.0):
         self.computations, self.entry = _parse(text)
         self.unknown_trips = unknown_trips
         self.unknown_loops: list[str] = []
@@ -194,7 +194,7 @@ class Program:
             label = one.source or one.name
             if label not in self.unknown_loops:
                 self.unknown_loops.append(label)
-            return float(self.unknown_trips)
+            return float(self.unknown_trips(label))
         return float(found)
 
     def totals(self) -> Totals:

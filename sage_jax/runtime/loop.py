@@ -97,7 +97,7 @@ class Trainer:
         self.resampled: list[resample.Entry] = []
         self.loss = setup.make_loss(run)
         self.score_fn = setup.make_score_fn(run, self.loss)
-        self.flops_N = counters.pair_flops(policy.model, pairs)
+        self.flops_N = counters.pair_flops(policy.model, pairs, shared=passes.shape.share)
         self.scorer = forward.Scorer(run, policy, passes, pairs, reference, self.loss)
         self.peak_flops = counters.peak_flops(run.model.dtype)
         self._build_step()
@@ -108,7 +108,7 @@ class Trainer:
         self.counters = dataclasses.replace(self.spent)
         self.guard = displacement.Guard()
         self.say: Callable[[str], None] = print
-        self.compiled = False
+        self.compiled: set[int] = set()  # row lengths whose step has been compiled
         self.note: dict[str, str] = {}  # behind the progress
         self.pending: Pending | None = None
         self.clock = time.perf_counter()
@@ -161,7 +161,7 @@ class Trainer:
     def _hold(self, pairs: encode.EncodedPairs, reference: np.ndarray) -> None:
         """Takes another data set; the memory, which is as long, is taken beside it."""
         self.pairs, self.reference = pairs, reference
-        self.flops_N = counters.pair_flops(self.policy.model, pairs)
+        self.flops_N = counters.pair_flops(self.policy.model, pairs, shared=self.passes.shape.share)
         self.scorer = forward.Scorer(
             self.run, self.policy, self.passes, pairs, reference, self.loss
         )
@@ -199,7 +199,7 @@ class Trainer:
             run=self.run,
             loss=self.loss,
             pairs=self.pairs,
-            shapes=self.passes.shape.every,
+            shape=self.passes.shape,
             score_pool=self._score_pool if needs_scores else None,
             held=self.round.held if self.round else None,
         )
@@ -305,8 +305,6 @@ class Trainer:
         self.counters.seconds_training += seconds
         tokens = int(found.pop("num_tokens"))
         self.counters.tokens += tokens
-        shape = self.passes.shape
-        pending.row["perf/padding_fraction"] = 1 - tokens / (shape.rows * shape.row_length)
         self.writer.write(
             pending.row
             | found
@@ -353,7 +351,9 @@ class Trainer:
         """Trains to the last step, or until `stopped()`; resumes from the latest checkpoint."""
         settings = self.run.checkpoint
         with checkpoint.Checkpoints(
-            self.workdir / "checkpoints", keep=settings.keep, every=settings.every
+            checkpoint.directory(self.run, self.workdir),
+            keep=settings.keep,
+            every=settings.every,
         ) as checkpoints:
             at = hosts.agree(checkpoints.latest())
             if at is not None:
@@ -399,10 +399,11 @@ class Trainer:
         left = run.train.steps - self.counters.step
         shape, done = self.passes.shape, self.counters.position
         plan = self.round.pair_KB[done : done + left]
-        placed = steps.place(self.pairs.lengths_N2, plan, shape)
+        length_N = self.pairs.row_lengths(shape.share)
+        placed = steps.place(length_N, plan, shape)
         batches = pipeline.batches(
             self.pairs, placed, shape.row_length,
-            ref_logps_N2=self.reference, rows_L=self.passes.rows_L,
+            ref_logps_N2=self.reference, rows_L=self.passes.rows_L, shape=shape,
         )  # fmt: skip
         with contextlib.closing(batches):
             for pair_B, pair_RS, rows in zip(plan, placed, batches, strict=True):
@@ -419,10 +420,17 @@ class Trainer:
                 if nll:
                     row["loss/nll_weight"] = float(nll[0])
                 given = meshes.put(rows, mesh, shape.rows)
+                length = rows.tokens_RT.shape[1]
+                if length not in self.compiled:
+                    self._flush()
+                    self.clock = time.perf_counter()
+                    self.say(f"compiling the step for rows of {length} tokens")
                 self.state, output = self.train_step(self.state, self.policy.frozen, given, *nll)
-                self._compiled()
+                self._compiled(length)
                 self._flush()  # the step before, while this one runs
                 flops = self.counters.count(pair_B[pair_B >= 0], self.flops_N)
+                room = shape.rows * length
+                row["perf/padding_fraction"] = 1 - length_N[pair_B[pair_B >= 0]].sum() / room
                 row["perf/scoring_fraction"] = self.counters.flops_scoring / self.counters.flops
                 row["perf/scoring_seconds_fraction"] = self.counters.scoring_seconds_fraction
                 self.pending = Pending(now, row, flops, pair_RS, output)
@@ -432,12 +440,13 @@ class Trainer:
                 if stopped():
                     return
 
-    def _compiled(self) -> None:
-        """The first call compiles before it returns; that is no time on the device."""
-        if not self.compiled:
+    def _compiled(self, length: int) -> None:
+        """The first call for a row length compiles before it returns; that is no time of a step."""
+        if length not in self.compiled:
             now = time.perf_counter()
             self.counters.seconds_compiling += now - self.clock
-            self.compiled, self.clock = True, now
+            self.compiled.add(length)
+            self.clock = now
 
     def _notes(self) -> str:
         return ", ".join(f"{name} {value}" for name, value in self.note.items())

@@ -167,9 +167,11 @@ def state_shardings(
     whole = replicated(mesh)
     return optax.tree.map_params(
         tx,
-        lambda _, sharding: sharding,
+        # What is not as large as its weight, such as sums over its rows, is small: it is whole.
+        lambda leaf, sharding, weight: sharding if leaf.shape == weight.shape else whole,
         jax.eval_shape(tx.init, params),
         shardings(params, mesh, rules),
+        params,
         transform_non_params=lambda _: whole,
     )
 
@@ -217,8 +219,17 @@ def spread(mesh: Mesh) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
         def run(*arrays: jax.Array) -> Any:
             *tokens, head_DV = arrays
+            dtype = head_DV.dtype
+
+            def local(*arrays: jax.Array) -> Any:
+                *tokens, head_DV = arrays
+                return fn(*tokens, head_DV.astype(dtype))
+
+            if mesh.devices.flat[0].platform == "cpu":
+                # XLA's CPU backend ends the process at a sum of bfloat16 written by shard_map.
+                head_DV = head_DV.astype(np.float32)
             return jax.shard_map(
-                fn,
+                local,
                 mesh=mesh,
                 in_specs=(*[TOKENS] * len(tokens), P()),
                 out_specs=TOKENS,

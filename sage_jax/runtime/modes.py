@@ -9,6 +9,7 @@ from sage_jax.data import encode
 from sage_jax.generate import pairs as pair_makers
 from sage_jax.report import progress, writers
 from sage_jax.runtime import checkpoint, evaluation, forward, hosts, setup, state, training
+from sage_jax.runtime import mesh as meshes
 
 
 def train(run: config.Run, workdir: pathlib.Path | None) -> int:
@@ -92,7 +93,9 @@ def eval(run: config.Run, workdir: pathlib.Path | None) -> int:
     other = passes = None
     if pairs is not None:
         other = setup.load_reference(run, policy, mesh)
-        passes = forward.Passes(policy, mesh, setup.row_shape(run, pairs.lengths_N2, mesh))
+        share = setup.shares_prompts(run, policy.model, pairs)
+        shape = setup.row_shape(run, pairs.row_lengths(share), mesh, share=share)
+        passes = forward.Passes(policy, mesh, shape)
     evaluator = evaluation.Evaluator(run, policy, held, passes, pairs, other)
     row = evaluator(policy.params)
     _print_evaluation(run, evaluator, row)
@@ -142,13 +145,18 @@ def score(run: config.Run, workdir: pathlib.Path | None) -> int:
 def export(run: config.Run, workdir: pathlib.Path | None) -> int:
     """Writes the weights of a run's latest checkpoint to WORKDIR/export."""
     workdir = training.need(workdir, "export")
-    if not hosts.on_first((workdir / "checkpoints").is_dir):
+    where = checkpoint.directory(run, workdir)
+    if not hosts.on_first(where.is_dir):
         raise ValueError(f"--workdir={workdir} holds no checkpoints. Name the workdir of a run.")
-    mesh = setup.make_mesh(run)
-    with checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints:
+    try:
+        mesh = setup.make_mesh(run)
+    except ValueError:  # trained on other devices than these; where weights lie changes no file
+        mesh = meshes.make_mesh(data=1, fsdp=-1)
+        print(f"The run's mesh does not fit the {mesh.size} devices here: mesh.fsdp={mesh.size}.")
+    with checkpoint.Checkpoints(where) as checkpoints:
         at = hosts.agree(checkpoints.latest())
         if at is None:
-            raise ValueError(f"{workdir / 'checkpoints'} holds no complete checkpoint to export.")
+            raise ValueError(f"{where} holds no complete checkpoint to export.")
         policy = setup.load_policy(run, mesh)
         found, _, _ = checkpoints.restore(at, state.abstract_state(run, policy.params, mesh))
     training.export(workdir / "export", run, policy, found.params)
@@ -182,3 +190,22 @@ def doctor(run: config.Run, workdir: pathlib.Path | None) -> int:
     encoded = encode.encode(found, tokenizer, max_length=run.data.max_length)
     print(doctors.report(found, encoded)[1])
     return 0
+
+
+def compile(
+    run: config.Run,
+    workdir: pathlib.Path | None,
+    *,
+    topology: str = "",
+    steps: str = "",
+    search: bool = True,
+    json: bool = False,
+) -> int:
+    """Compiles a run's steps for a topology that is not there; 3 when one does not fit."""
+    from sage_jax.runtime import compile as compiler
+
+    if workdir is not None:
+        raise ValueError(f"--workdir={workdir}: the mode compile writes nothing. Leave it out.")
+    if not topology:
+        raise ValueError("--topology is missing. Example: --topology=v5e:4x4, or cpu:8.")
+    return compiler.run_mode(run, topology=topology, steps=steps, search=search, as_json=json)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from sage_jax import config, losses, selection, step
+from sage_jax.models import lora
 from sage_jax.runtime import mesh as meshes
 from sage_jax.runtime import setup, state
 
@@ -115,8 +116,9 @@ def sampler(
     program = samplers.compiled(policy.model, max_new_tokens, ends, 0.0, 1.0, policy.rows)
     bits = jax.eval_shape(lambda: jax.random.key_data(jax.random.split(jax.random.key(0), prompts)))
     shape = (prompts, prompt_length)
+    params = policy.params if policy.lora is None else lora.lay(policy.frozen, policy.params)
     arguments = (
-        policy.params,
+        params,
         jax.ShapeDtypeStruct(shape, jnp.int32, sharding=policy.rows),
         jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=policy.rows),
         jax.ShapeDtypeStruct(bits.shape, bits.dtype, sharding=policy.rows),

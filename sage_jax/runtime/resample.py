@@ -129,13 +129,17 @@ class Resampler:
         new = encode.take(merged.pairs, np.arange(len(merged.stays), len(merged.pairs)))
         reference = self._reference_logps(run, new)
         flops = self.policy.model.forward_flops(tally.tokens, tally.attended, tally.new_tokens)
-        flops += float(counters.pair_flops(self.reference.model, new).sum())
+        flops += float(
+            counters.pair_flops(self.reference.model, new, shared=self.passes.shape.share).sum()
+        )
         sampled = time.perf_counter()
         memory = curriculum.grow(curriculum.recall(data.memory, merged.stays), len(new))
         flops_scoring = 0.0
         if len(new) and looks_at_margins(run):
             memory = self._remember(run, memory, params, new, reference, score_fn, number)
-            flops_scoring = float(counters.pair_flops(self.policy.model, new, light=True).sum())
+            flops_scoring = float(
+                counters.pair_flops(self.policy.model, new, shared=self.passes.shape.share).sum()
+            )
         rule = _grown_rule(run, loss, data.rule, memory, merged.stays)
         reference = np.concatenate([data.reference[merged.stays], reference])
         return Grown(

@@ -92,23 +92,23 @@ def planned(
     tokenizer: Any,
     pairs: encode.EncodedPairs,
     problems: Problems,
-    lengths_N2: np.ndarray,
+    length_N: np.ndarray,
 ) -> np.ndarray:
-    """Lengths that rows are planned for: those of the data, and of the longest pair to expect.
+    """Lengths that rows are planned for: the pairs of the data, and the longest to expect.
 
     That has the longest prompt among the data, the file's problems or the first of the task's, and
     two answers as long as they can be sampled. Rows have one shape for the whole run: a pair with a
     still longer prompt may not fit, and then it is left out and counted.
 
     Returns:
-        int64 [N + 1, 2].
+        int64 [N + 1].
     """
     known = draw(problems, run, tokenizer, 1) if problems.fixed is None else problems.fixed
     asked = prompting.ask(tokenizer, [p.prompt for p in known])
     prompt = max(len(_ids(tokenizer, one)) // 4 for one in asked)
     prompt = max(prompt, int(pairs.start_N2.max()))
     side = min(run.data.max_length, prompt + run.eval.max_new_tokens + AFTER_ANSWER)
-    return np.concatenate([lengths_N2, [[side, side]]])
+    return np.concatenate([length_N, [2 * side]])
 
 
 def settled(run: config.Run, pairs: encode.EncodedPairs) -> config.Run:

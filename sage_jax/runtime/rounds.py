@@ -7,15 +7,15 @@ checkpoint, so that a resumed run trains the same pairs without scoring anything
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from sage_jax import config, curriculum, losses, noise, rules, scores, selection
-from sage_jax.data import encode, pack, steps
-from sage_jax.runtime import suspicion
+from sage_jax.data import encode, steps
+from sage_jax.runtime import hosts, suspicion
 
 # Columns that "auto" takes for the difficulty, and the sign that makes larger mean harder.
 # A pass rate says how hard a problem is for this policy; a level, for people.
@@ -158,7 +158,7 @@ def next_round(
     run: config.Run,
     loss: losses.Loss,
     pairs: encode.EncodedPairs,
-    shapes: Sequence[pack.RowShape],
+    shape: steps.Shape,
     score_pool: Callable[[np.ndarray], scores.PairScores] | None,
     held: noise.Held | None = None,
 ) -> tuple[Round, Drawn]:
@@ -172,7 +172,7 @@ def next_round(
         run: the settings.
         loss: of the run.
         pairs: the data set.
-        shapes: of rows that the pairs of a step have to fit into, `steps.Shape.every`.
+        shape: of the rows that the pairs of a step have to fit into.
         score_pool: scores of drawn pairs, `index_P -> PairScores`; None: nothing is scored.
         held: the last round's `held`; None before the first.
 
@@ -193,6 +193,7 @@ def next_round(
     )
     size = settings.pool_size or len(pairs)
     pool_P = curriculum.draw(memory.drawn, stratum_N, share_K, size, seed=run.seed, round=number)
+    pool_P = hosts.agree(pool_P)  # what is scored is the same everywhere, however margins round
     scored = score_pool(pool_P) if score_pool else None
     rng = np.random.default_rng(np.random.SeedSequence([run.seed, number, 1]))
     ranked = None
@@ -210,7 +211,8 @@ def next_round(
     if priority_P is not None and rules.resolve(run.selection.name).ordered:
         order_K = order_K[np.argsort(-priority_P[order_K], kind="stable")]  # nan sorts last
     order_K = pool_P[order_K]
-    pair_KB = steps.split(pairs.lengths_N2, order_K, shapes, run.train.batch_pairs)
+    length_N = pairs.row_lengths(shape.share)
+    pair_KB = steps.split(length_N, order_K, shape.every, run.train.batch_pairs)
     if not len(pair_KB):
         raise ValueError(
             f"{len(order_K)} pairs were selected from {len(pool_P)}, fewer than one batch of "

@@ -14,12 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sage_jax import config, logprobs, losses, scores, step
+from sage_jax import config, head, logprobs, losses, scores, step
 from sage_jax.data import encode, steps
 from sage_jax.models import attention, decoder, spec
 from sage_jax.models import lora as adapters
-from sage_jax.runtime import hosts
+from sage_jax.runtime import chips, hosts
 from sage_jax.runtime import mesh as meshes
+
+LEAST_SHARED = 0.02  # of the tokens that sharing prompts has to save, else it is not done
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +74,9 @@ class Policy:
         return logprobs.make_logps_fn(
             lambda params, frozen, b: body(
                 self.whole(params, frozen),
-                *map(jnp.asarray, (b.tokens_RT, b.position_RT, b.segment_RT)),
+                jnp.asarray(b.tokens_RT),
+                jnp.asarray(b.position_RT),
+                jnp.asarray(b.segment_RT),
                 b.shared,
             ),
             lambda params, frozen: model.head(self.whole(params, frozen)),
@@ -81,7 +85,23 @@ class Policy:
             softcap=model.softcap,
             penalty=penalty,
             spread=None if self.mesh is None else meshes.spread(self.mesh),
+            memory=head_memory(self.mesh),
         )
+
+
+def head_memory(mesh: jax.sharding.Mesh | None) -> head.Memory:
+    """What the head may take on a device: a larger part of a larger memory.
+
+    Chunks of 64 MiB of logits are plenty for a CPU; an accelerator with tens of GB multiplies
+    larger matrices faster, and has room for the softmax of a step.
+    """
+    device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
+    try:
+        limit = (device.memory_stats() or {}).get("bytes_limit", 0)
+    except (RuntimeError, NotImplementedError, jax.errors.JaxRuntimeError):
+        limit = int(chips.usable_bytes(device.device_kind))  # of a topology that is not there
+    least = head.Memory()
+    return head.Memory(max(least.chunk, limit // 80), max(least.kept, limit // 10))
 
 
 def cache_directory(setting: str, name: str) -> pathlib.Path:
@@ -94,8 +114,7 @@ def cache_directory(setting: str, name: str) -> pathlib.Path:
 
 def make_mesh(run: config.Run) -> jax.sharding.Mesh:
     """The mesh of the settings, over all devices of all processes."""
-    axes = run.mesh
-    return meshes.make_mesh(data=axes.data, fsdp=axes.fsdp, tensor=axes.tensor)
+    return meshes.make_mesh(**dataclasses.asdict(run.mesh))
 
 
 def load_policy(run: config.Run, mesh: jax.sharding.Mesh, tokenizer: Any = None) -> Policy:
@@ -368,16 +387,49 @@ def check_sides(pairs: encode.EncodedPairs, key: str, otherwise: str = "") -> No
         )
 
 
-def row_shape(run: config.Run, lengths_N2: np.ndarray, mesh: jax.sharding.Mesh) -> steps.Shape:
-    """The static shape of a run's rows, a multiple of what the mesh and accumulation divide by."""
-    found = steps.shape(
-        lengths_N2,
-        batch_pairs=min(run.train.batch_pairs, len(lengths_N2)),
+def shares_prompts(run: config.Run, model: decoder.Model, pairs: encode.EncodedPairs) -> bool:
+    """Whether both completions of a pair share one prompt in their row, by data.share_prompts.
+
+    Raises:
+        ValueError: it is "on", and the model or the data do not allow it.
+    """
+    setting = run.data.share_prompts
+    spec = model.spec
+    windows = any(getattr(spec, "windows", ()) or ()) or bool(getattr(spec, "window", 0))
+    splash = attention.Kernel(run.model.attention).chosen(2**20) == "splash"
+    if setting == "on" and windows and splash:
+        raise ValueError(
+            "config.data.share_prompts='on' does not go with this model's sliding windows on a "
+            "TPU. Use 'auto'."
+        )
+    if setting == "off" or (setting == "auto" and windows) or not pairs.lengths_N2[:, 1].all():
+        return False
+    saved = pairs.common_N.sum() / max(int(pairs.lengths_N2.sum()), 1)
+    return setting == "on" or saved >= LEAST_SHARED
+
+
+def row_shape(
+    run: config.Run, lengths_N: np.ndarray, mesh: jax.sharding.Mesh, *, share: bool = False
+) -> steps.Shape:
+    """The static shape of a run's rows, a multiple of what the mesh and accumulation divide by.
+
+    Args:
+        run: the settings.
+        lengths_N: tokens of each pair in a row, or [N, 2], of both its sequences.
+        mesh: the devices.
+        share: the lengths are of rows with shared prompts.
+    """
+    kernel = attention.Kernel(run.model.attention, mesh).chosen(2**20)
+    return steps.shape(
+        lengths_N,
+        batch_pairs=min(run.train.batch_pairs, len(lengths_N)),
         packing=run.data.packing,
         rows_multiple=meshes.row_multiple(mesh) * run.train.accumulate,
+        unit=meshes.token_multiple(mesh),
+        # What these kernels cost does not grow with the row.
+        long=kernel in ("blocks", "triton", "tokamax") and run.mesh.context == 1,
+        share=share,
     )
-    unit = meshes.token_multiple(mesh)
-    return found._replace(row_length=-(-found.row_length // unit) * unit)
 
 
 def make_score_fn(run: config.Run, loss: losses.Loss) -> step.ScoreFn:

@@ -105,15 +105,17 @@ def fit(run: config.Run, workdir: pathlib.Path, mode: str) -> int:
         workdir.mkdir(parents=True, exist_ok=True)
         writers.write_json(workdir / "config.json", {"mode": mode} | config.as_dict(run))
     _describe(run, parts, workdir)
+    keep_programs(run, workdir)
 
     policy, pairs, held_out = parts.policy, parts.pairs, parts.held_out
-    lengths = pairs.lengths_N2
+    share = setup.shares_prompts(run, policy.model, pairs)
+    lengths = pairs.row_lengths(share)
     if held_out is not None:
-        lengths = np.concatenate([lengths, held_out.lengths_N2])
+        lengths = np.concatenate([lengths, held_out.row_lengths(share)])
     if parts.asked is not None:
         run = resample_plan.settled(run, pairs)
         lengths = resample_plan.planned(run, policy.tokenizer, pairs, parts.asked, lengths)
-    passes = forward.Passes(policy, mesh, setup.row_shape(run, lengths, mesh))
+    passes = forward.Passes(policy, mesh, setup.row_shape(run, lengths, mesh, share=share))
     moved = None
     if run.eval.kl_prompts:
         moved = divergence.Divergence(run, policy, parts.other, pairs)
@@ -127,7 +129,7 @@ def fit(run: config.Run, workdir: pathlib.Path, mode: str) -> int:
     reference = forward.reference_logps(run, policy, passes, pairs, start, parts.other, spent)
     resampler = None
     if parts.asked is not None:
-        longest = int(lengths.sum(axis=1).max())
+        longest = int(lengths.max())
         resampler = resample.Resampler(run, policy, passes, parts.other, parts.asked, longest)
     shared: dict[str, Any] = {
         "policy": policy, "passes": passes, "pairs": pairs, "start": start,
@@ -138,7 +140,7 @@ def fit(run: config.Run, workdir: pathlib.Path, mode: str) -> int:
         label = run.selection.name if mode == "train" else mode
         outcome = loop.Trainer(run, workdir, **shared, label=label).train(stopped)
         twins: dict[str, loop.Outcome] = {}
-        flops_N = counters.pair_flops(policy.model, pairs)
+        flops_N = counters.pair_flops(policy.model, pairs, shared=share)
         for name in [name for name in TWINS if getattr(run.compare, name)]:
             if not [outcome, *twins.values()][-1].finished:
                 break
@@ -168,6 +170,18 @@ def fit(run: config.Run, workdir: pathlib.Path, mode: str) -> int:
     return 0
 
 
+def keep_programs(run: config.Run, workdir: pathlib.Path) -> None:
+    """Keeps compiled programs, by train.compile_cache, unless JAX keeps them elsewhere already."""
+    setting = run.train.compile_cache
+    if not setting or jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
+        return
+    from jax.experimental.compilation_cache import compilation_cache
+
+    where = workdir / "compiled" if setting == "workdir" else pathlib.Path(setting)
+    jax.config.update("jax_compilation_cache_dir", str(where))
+    compilation_cache.reset_cache()  # what has compiled before has noted that there is no cache
+
+
 TWINS = ("uniform", "random")  # what a run can be compared with: config.compare
 
 
@@ -189,6 +203,8 @@ def twin_run(name: str, run: config.Run, outcome: loop.Outcome, flops_N: np.ndar
         "selection.refresh": 0.0, "selection.scoring_dtype": "", "selection.scoring_tokens": 0,
         "selection.guard": "off", "train.steps": steps,
     }  # fmt: skip
+    if run.checkpoint.directory:
+        changes["checkpoint.directory"] = f"{run.checkpoint.directory}/{name}"
     if name == "uniform":
         changes["curriculum.sharpness"] = 0.0
     return config.replace(run, **changes)

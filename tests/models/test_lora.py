@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import math
 import pathlib
 import subprocess
 import sys
@@ -10,9 +11,10 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from sage_jax import models
+from sage_jax import batch, logprobs, losses, models, step
 from sage_jax.models import lora, peft_files, tensors
 from sage_jax.runtime import mesh as meshes
 
@@ -61,6 +63,37 @@ def test_a_new_adapter_changes_no_bit(model, base, kind):
         np.testing.assert_allclose(adapted, plain, atol=1e-5)
     else:
         np.testing.assert_array_equal(adapted, plain)
+
+
+def test_the_first_loss_against_the_model_without_adapter_is_ln_2(model, base, kind):
+    """And its rewards are 0: the reference is the same model with the adapter left out."""
+    adapter = lora.init(jax.random.key(1), base, kind)
+    rows = batch.empty(2, 24, 1)
+    for row in range(2):
+        for side, ids in enumerate(TOKENS[:, : 8 + row]):
+            here = slice(side * 12, side * 12 + len(ids))
+            rows.tokens_RT[row, here], rows.position_RT[row, here] = ids, np.arange(len(ids))
+            rows.segment_RT[row, here] = 1 + side
+            rows.completion_RT[row, side * 12 + 4 : here.stop] = True
+        rows.pair_RS[row], rows.weight_RS[row] = row, 1.0
+    logps_fn = logprobs.make_logps_fn(
+        lambda adapter, base, b: model.hidden(
+            lora.join(base, adapter, kind), b.tokens_RT, b.position_RT, b.segment_RT
+        ),
+        lambda _, base: model.head(base),
+    )
+    reference = jax.jit(step.make_stats_step(logps_fn))({}, base, rows).logps
+    loss, tx = losses.sigmoid(0.1), optax.adam(1e-2)
+    train = jax.jit(step.make_train_step(logps_fn, loss, tx))
+    state, output = train(
+        step.init_state(adapter, tx), base, rows._replace(ref_logps_RS2=reference)
+    )
+    if kind.dora:
+        assert float(output.metrics["loss"]) == pytest.approx(math.log(2), abs=1e-6)
+    else:
+        assert np.float32(output.metrics["loss"]) == np.float32(math.log(2))
+    assert float(output.metrics["grad_norm"]) > 0
+    assert state.params.keys() == adapter.keys()
 
 
 def test_an_adapted_model_equals_its_merged_weights(model, base, kind):
@@ -249,8 +282,6 @@ def test_adapters_made_by_peft_compute_the_same_here(golden, peft, name):
 
 
 def test_optimizer_state_is_as_large_as_the_adapters(base):
-    import optax
-
     kind = KINDS["plain"]
     adapter = lora.init(jax.random.key(1), base, kind)
     trees = {"base": base, "adapter": adapter, "adam": optax.adam(1e-3).init(adapter)}

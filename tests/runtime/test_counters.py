@@ -25,11 +25,19 @@ def model():
 
 def test_a_pair_costs_what_its_two_sequences_cost(model, pairs):
     found = counters.pair_flops(model, pairs)
+    starts = pairs.start_N2.tolist()
     by_hand = [
-        sum(model.forward_flops(n, n * (n + 1) // 2) for n in lengths)
-        for lengths in ((4, 3), (2, 4))
+        sum(
+            model.forward_flops(n, n * (n + 1) // 2, n - start)
+            for n, start in zip(lengths, begin, strict=True)
+        )
+        for lengths, begin in zip(((4, 3), (2, 4)), starts, strict=True)
     ]
     np.testing.assert_allclose(found, by_hand)
+    once = [model.forward_flops(n, n * (n + 1) // 2, 0) for n in pairs.common_N.tolist()]
+    np.testing.assert_allclose(
+        counters.pair_flops(model, pairs, shared=True), np.subtract(by_hand, once)
+    )
 
 
 def test_a_step_counts_three_forward_passes_of_its_pairs_and_no_padding(model, pairs):

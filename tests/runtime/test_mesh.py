@@ -73,7 +73,7 @@ def test_one_device_has_the_same_three_axes():
         ({"data": 0}, "mesh.data=0 must be a positive number"),
         ({"fsdp": -2}, "mesh.fsdp=-2"),
         ({"fsdp": -1}, "mesh.data and mesh.fsdp are both -1"),
-        ({"fsdp": 3}, "fsdp=3 x tensor=1 = 3 does not divide the number of devices, 8"),
+        ({"fsdp": 3}, "fsdp=3 x context=1 x tensor=1 = 3 does not divide the number of devices, 8"),
         ({"fsdp": 16}, "does not divide the number of devices, 8"),
         ({"data": 2, "fsdp": 2}, "is not the number of devices, 8"),
     ],

@@ -16,7 +16,7 @@ import pytest
 
 from sage_jax import __main__ as launcher
 from sage_jax import config, curriculum, rules
-from sage_jax.data import encode, merge, records
+from sage_jax.data import encode, merge, records, steps
 from sage_jax.generate import tasks
 from sage_jax.report import writers
 from sage_jax.runtime import (
@@ -76,10 +76,11 @@ def job(tmp_path_factory):
         policy = setup.load_policy(run, mesh)
         pairs = setup.load_pairs(run, policy.tokenizer, run.data.train)
         problems = resample_plan.load_problems(run, policy.tokenizer, None, None)
-        lengths = resample_plan.planned(run, policy.tokenizer, pairs, problems, pairs.lengths_N2)
-        passes = forward.Passes(policy, mesh, setup.row_shape(run, lengths, mesh))
+        lengths = pairs.row_lengths(True)
+        lengths = resample_plan.planned(run, policy.tokenizer, pairs, problems, lengths)
+        passes = forward.Passes(policy, mesh, setup.row_shape(run, lengths, mesh, share=True))
         stats = forward.stored_stats(run, policy, passes, pairs, "reference")
-        longest = int(lengths.sum(axis=1).max())
+        longest = int(lengths.max())
         resampler = resample.Resampler(run, policy, passes, None, problems, longest)
     return {"policy": policy, "passes": passes, "pairs": pairs, "start": stats,
             "reference": stats.logps, "resampler": resampler}  # fmt: skip
@@ -147,9 +148,9 @@ def test_the_reference_of_new_pairs_is_the_starting_model_not_the_policy(job, un
     assert np.abs(now - start).max() > 0.1
 
 
-def test_the_train_step_is_traced_once(uninterrupted):
+def test_the_train_step_is_traced_once_for_each_row_length(uninterrupted):
     _, trainer, _ = uninterrupted
-    assert trainer.train_step._cache_size() == 1
+    assert trainer.train_step._cache_size() == len(trainer.compiled) <= steps.SIZES
 
 
 def test_sampling_counts_in_the_total_and_new_margins_as_scoring(uninterrupted):
@@ -157,7 +158,7 @@ def test_sampling_counts_in_the_total_and_new_margins_as_scoring(uninterrupted):
     spent, rows = outcome.counters, rows_of(workdir)
     assert spent.flops_sampling > 0 and spent.seconds_sampling > 0
     new = encode.take(trainer.pairs, np.arange(100, len(trainer.pairs)))
-    light = counters.pair_flops(trainer.policy.model, new, light=True).sum()
+    light = counters.pair_flops(trainer.policy.model, new, shared=True).sum()
     assert spent.flops_scoring == pytest.approx(light)
     total = spent.flops_sampling + spent.flops_scoring + spent.flops_training
     assert rows[-1]["flops"] == pytest.approx(total)
@@ -448,14 +449,14 @@ def test_fixed_problems_are_answered_anew_each_time(job, tmp_path):
 
 def test_rows_are_planned_for_the_longest_answers_that_can_be_sampled(job):
     run, pairs = small_run(**{"eval.max_new_tokens": 90}), job["pairs"]
-    problems = problems_of(run)
-    lengths = resample_plan.planned(run, job["policy"].tokenizer, pairs, problems, pairs.lengths_N2)
+    problems, lengths_N = problems_of(run), pairs.row_lengths(True)
+    lengths = resample_plan.planned(run, job["policy"].tokenizer, pairs, problems, lengths_N)
     longest = max(len(p) for p in drawn(run, 1))  # one token a character
     longest = max(longest, int(pairs.start_N2.max()))
-    assert lengths[-1].tolist() == [longest + 90 + resample_plan.AFTER_ANSWER] * 2
+    assert lengths[-1] == 2 * (longest + 90 + resample_plan.AFTER_ANSWER)
     run = config.replace(run, **{"data.max_length": 64})
-    short = resample_plan.planned(run, job["policy"].tokenizer, pairs, problems, pairs.lengths_N2)
-    assert short[-1].tolist() == [64, 64]
+    short = resample_plan.planned(run, job["policy"].tokenizer, pairs, problems, lengths_N)
+    assert short[-1] == 2 * 64
 
 
 def test_the_twin_takes_as_many_steps_as_the_same_flops_allow():

@@ -81,7 +81,7 @@ def next_round(job, run, memory, state=None, number=0, score_pool=None):
     run = config.settle_data(run, job["pairs"].columns)
     return rounds.next_round(
         number, memory, None, state, run=run, loss=setup.make_loss(run), pairs=job["pairs"],
-        shapes=job["passes"].shape.every, score_pool=score_pool,
+        shape=job["passes"].shape, score_pool=score_pool,
     )  # fmt: skip
 
 
@@ -105,7 +105,8 @@ def test_every_rule_makes_a_round_of_its_share_and_the_one_after(job, memory, na
     trained = memory._replace(reward_margin=moved, trained=memory.trained + 1)
     second, drawn = next_round(job, run, trained, first.rule, 1, pool_of(trained))
     for round_ in (first, second):
-        assert len(round_.pair_KB) == 3 and (round_.pair_KB >= 0).sum() == 24
+        assert len(round_.pair_KB) == 3  # of 8; the longest pairs may close one of them early
+        assert 23 <= (round_.pair_KB >= 0).sum() <= 24
     assert np.isfinite(drawn.priority_P).all() and set(drawn.selection.reason_P) == {
         "score",
         "rank",

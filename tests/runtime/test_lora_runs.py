@@ -133,7 +133,7 @@ def test_a_dry_run_compiles_the_steps_with_adapters():
             sizes[rank, name] = program.memory_analysis().output_size_in_bytes
     assert sizes[4, "train"] < 0.3 * sizes[0, "train"]  # the state that a step returns
     with pytest.raises(ValueError, match=r"lora\.path='x' names an adapter"):
-        compiler.abstract_policy(config.replace(run, **{"lora": config.Lora(path="x")}), mesh)
+        compiler.abstract_policy(config.replace(run, lora=config.Lora(path="x")), mesh)
 
 
 def test_settings_of_adapters_that_cannot_apply_are_refused():

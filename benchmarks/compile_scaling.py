@@ -79,13 +79,78 @@ def plot(found: dict, file: pathlib.Path) -> None:
     figure.savefig(file, dpi=120)
 
 
+def tables(found: dict) -> str:
+    """The figures of docs/scaling.md."""
+    gib = 2**30
+    lines = []
+    for name, one in found.get("configs", {}).items():
+        mesh = ", ".join(f"{k} {v}" for k, v in one["mesh"].items() if v > 1)
+        steps = one["steps"]
+        lines += [f"\n### {name}, {one['topology']} (mesh: {mesh})\n"]
+        lines += ["| | " + " | ".join(steps) + " |", "|---|" + "---|" * len(steps)]
+
+        def row(label: str, text, steps=steps) -> str:
+            return f"| {label} | " + " | ".join(text(s) for s in steps.values()) + " |"
+
+        def bound(key: str):
+            return lambda s: f"{s['seconds'][key]:.3g} s" if s["seconds"] else "-"
+
+        def sent(s: dict) -> str:
+            return ", ".join(f"{c['kind']} {c['bytes'] / gib:.2f}" for c in s["collectives"][:3])
+
+        def mfu(s: dict) -> str:
+            if not s["mfu"]:
+                return "-"
+            worst = s["mfu"] * s["seconds"]["overlapped"] / s["seconds"]["serial"]
+            return f"{100 * worst:.0f} - {100 * s['mfu']:.0f} %"
+
+        def rate(s: dict) -> str:
+            if not s["tokens_per_second"]:
+                return "-"
+            return f"{s['tokens_per_second_serial']:,.0f} - {s['tokens_per_second']:,.0f}"
+
+        lines += [
+            row("pairs (prompts)", lambda s: f"{s['pairs']:.0f}"),
+            row("tokens", lambda s: f"{s['tokens']:,.0f}"),
+            row("arguments, GiB", lambda s: f"{s['argument_bytes'] / gib:.2f}"),
+            row("temporaries, GiB", lambda s: f"{s['temporary_bytes'] / gib:.2f}"),
+            row("beside it in a training, GiB", lambda s: f"{s['beside_bytes'] / gib:.2f}"),
+            row("together, GiB", lambda s: f"{s['total_bytes'] / gib:.2f}"),
+            row("of usable, GiB", lambda s: f"{s['usable_bytes'] / gib:.2f}"),
+            row("fits", lambda s: "yes" if s["fits"] else "no"),
+            row("TFLOP", lambda s: f"{s['flops'] / 1e12:.4g}"),
+            row("arithmetic at the peak", bound("compute")),
+            row("memory at its bandwidth", bound("memory")),
+            row("collectives over their links", bound("collectives")),
+            row("collectives, GiB", sent),
+            row("tokens/s", rate),
+            row("MFU", mfu),
+            row("seconds to compile", lambda s: f"{s['compile_seconds']:.0f}"),
+        ]
+    if found.get("weak"):
+        lines += ["\n### The same work a chip on 8 to 256 chips\n"]
+        lines += ["| chips | step | compute | memory | collectives | sum | tokens/s a chip |"]
+        lines += ["|---|---|---|---|---|---|---|"]
+        for chips, one in sorted(found["weak"].items(), key=lambda item: int(item[0])):
+            for step, s in one["steps"].items():
+                t = s["seconds"]
+                each = [f"{t[k]:.3f} s" for k in ("compute", "memory", "collectives", "serial")]
+                rate = s["tokens_per_second_serial"] / int(chips)
+                lines.append(f"| {chips} | {step} | " + " | ".join(each) + f" | {rate:,.0f} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--search", action="store_true", help="also the largest train batch")
+    parser.add_argument("--tables", action="store_true", help="print what is there already")
     parser.add_argument("--only", default="", help="names of configs, or weak, by comma")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     options = parser.parse_args()
     found = json.loads(options.out.read_text()) if options.out.exists() else {}
+    if options.tables:
+        print(tables(found))
+        return
     chosen = options.only.split(",") if options.only else [*(n for n, _ in CONFIGS), "weak"]
     for name, topology in CONFIGS:
         if name in chosen:
@@ -100,6 +165,7 @@ def main() -> None:
             options.out.write_text(json.dumps(found, indent=1) + "\n")
     if len(found.get("weak", {})) == len(WEAK):
         plot(found, options.out.with_suffix(".png"))
+    print(tables(found))
     print(options.out)
 
 

@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 import ours
 import race
+from absl import flags
 
 from sage_jax import batch, head, step
 from sage_jax.models import attention
@@ -257,6 +258,7 @@ def train(args: argparse.Namespace, model: Any, params: Any, top: float, **optio
 
 def main() -> None:
     args = parse()
+    flags.FLAGS(sys.argv[:1])  # tokamax reads flags of its own, which argparse knows nothing of
     parts = args.only.split(",") if args.only else ["ceiling", "attention", "steps"]
     report = Report(args.out, args.time_limit, vars(args) | {"out": ""})
     model = ours.model_of(args.model, dtype=args.dtype)

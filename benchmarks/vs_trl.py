@@ -113,7 +113,7 @@ def work_ours(args: argparse.Namespace) -> None:
         loss = float(output.metrics["loss"])  # waits
         first = loss if first is None else first
         race.answer(seconds=time.perf_counter() - began, pairs=pairs, loss=loss)
-    race.answer(peak_bytes=race.peak_bytes(), first_loss=first)
+    race.answer(peak_bytes=race.peak_bytes(), loss_of_first_turn=first)
 
 
 def work_trl(args: argparse.Namespace) -> None:
@@ -161,7 +161,7 @@ def work_trl(args: argparse.Namespace) -> None:
             self.order = self.order or race.turns()
             self.left = next(self.order, 0)
             if not self.left:
-                race.answer(peak_bytes=race.peak_bytes(), first_loss=self.losses[0])
+                race.answer(peak_bytes=race.peak_bytes(), loss_of_first_turn=self.losses[0])
                 os._exit(0)
             self.count, self.began = self.left, time.perf_counter()
 

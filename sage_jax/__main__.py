@@ -148,7 +148,8 @@ def take_own_flags(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
     >>> take_own_flags(["compile", "--topology=v5e:4x4", "--json", "--config=quickstart"])
     (['compile', '--config=quickstart'], {'topology': 'v5e:4x4', 'json': True})
     """
-    kinds, rest, own = OWN_FLAGS[argv[0]], argv[:1], {}
+    own: dict[str, Any] = {}
+    kinds, rest = OWN_FLAGS[argv[0]], argv[:1]
     switches = [f"--{name}" for name, kind in kinds.items() if kind is bool]
     for argument in _join_values([f"{a}=true" if a in switches else a for a in argv[1:]]):
         name, _, text = argument.removeprefix("--").partition("=")

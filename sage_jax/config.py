@@ -139,6 +139,9 @@ class Optim:
     eps: float = 1e-8
     weight_decay: float = 0.0  # not on norms, biases
     clip_norm: float = 1.0  # of the global gradient; 0 = off
+    # adamw, or adafactor, which keeps row and column sums of the squares in place of each (b2 and
+    name: str = "adamw"  # eps do nothing for it): for a model of 8 bytes a parameter less
+    moments_dtype: str = "float32"  # of the mean of gradients: float32 or bfloat16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +149,8 @@ class Train:
     steps: int = 100  # optimizer steps
     batch_pairs: int = 128  # pairs in a step
     accumulate: int = 1  # parts of a step computed one after the other
+    # Directory of compiled programs, so that a run that goes on compiles nothing again; "workdir"
+    compile_cache: str = "workdir"  # = its own compiled/, "" = as JAX is configured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,6 +252,7 @@ class Run:
 RESUMABLE = (
     "checkpoint.",
     "mesh.",
+    "train.compile_cache",
     "reference.store",
     "reference.spot_check",
     "data.cache",
@@ -274,6 +280,8 @@ _CHOICES = {
     "selection.margin": ("likelihood", "reward"),
     "selection.guard": ("", *noise.GUARDS),
     "optim.schedule": ("cosine", "linear", "constant"),
+    "optim.name": ("adamw", "adafactor"),
+    "optim.moments_dtype": ("float32", "bfloat16"),
     "eval.split": ("train", "eval", "test"),
     "rounds.replace": ("none", "oldest", "all"),
     "eval.verify": ("auto", "exact", "number", "math"),
@@ -493,6 +501,12 @@ def _check_together(run: Run) -> None:
             f"selection.keep to {min(1.0, run.train.batch_pairs / pool):.2f} or "
             f"curriculum.pool_size to {-int(-run.train.batch_pairs // kept_share(run))}."
         )
+    for key in ("b2", "eps") if run.optim.name == "adafactor" else ():
+        if getattr(run.optim, key) != getattr(Optim, key):
+            raise ValueError(
+                f"config.optim.{key}={getattr(run.optim, key)} does nothing for optim.name="
+                f"'adafactor'. Use 'adamw', or leave it at {getattr(Optim, key)}."
+            )
     if run.loss.label_smoothing and run.loss.name not in ("sigmoid", "robust"):
         raise ValueError(
             f"config.loss.label_smoothing={run.loss.label_smoothing} does nothing for "
@@ -696,6 +710,16 @@ def needs_scores(run: Run) -> bool:
     return rules.resolve(run.selection.name).scores_with(run.selection.column)
 
 
+def sampled(columns: Mapping[str, Any]) -> bool:
+    """Whether pairs were made of the policy's own answers: all carry its `pass_rate`.
+
+    >>> sampled({"pass_rate": [0.5, 0.25]}), sampled({"pass_rate": [0.5, float("nan")]})
+    (True, False)
+    """
+    rate = columns.get("pass_rate")
+    return rate is not None and all(math.isfinite(x) for x in rate)
+
+
 def settle_data(run: Run, columns: Mapping[str, Any]) -> Run:
     """The run with the -1 of `selection.kappa`, `keep`, `uniform_share` replaced, by the data.
 
@@ -715,9 +739,7 @@ def settle_data(run: Run, columns: Mapping[str, Any]) -> Run:
     >>> settle_data(Run(), {"level": [1.0, 2.0]}).selection.kappa
     0.0
     """
-    rate = columns.get("pass_rate")
-    sampled = rate is not None and all(math.isfinite(x) for x in rate)
-    wanted = dict(ON_POLICY if sampled else OTHERS)
+    wanted = dict(ON_POLICY if sampled(columns) else OTHERS)
     if run.selection.name not in ("sage", "random"):  # random: its twin
         wanted |= {k: v for k, v in ON_POLICY.items() if k != "kappa"}
     left = {f"selection.{k}": v for k, v in wanted.items() if getattr(run.selection, k) == -1}

@@ -34,7 +34,8 @@ class SequenceStats(NamedTuple):
 
 # `(hidden_RTD, targets_RT, segment_RT, mask_RT, head_DV) -> (TokenStats, segment_RT, mask_RT)`
 TokenFn = Callable[..., tuple[head.TokenStats, Array, Array]]
-TokenStats, chunk_length = head.TokenStats, head.chunk_length
+TokenStats = head.TokenStats
+chunk_length = head.chunk_length
 
 
 def token_stats(
@@ -166,7 +167,15 @@ def head_chunks(tokens: int, vocabulary: int, budget_bytes: int) -> int:
 
 
 def predictors(hidden_RTD: Array, batch: batches.PackedBatch) -> Array:
-    """The hidden states that predict what `targets` says of each position, [R, T, D]."""
+    """The hidden states that predict what `targets` says of each position, [R, T, D].
+
+    >>> rows = batches.empty(1, 2, 1)
+    >>> index = jnp.zeros((1, 2), jnp.int32)
+    >>> shared = rows._replace(shared=batches.Shared(index, index, index + 1))
+    >>> hidden = jnp.array([[[1.0], [2.0]]])
+    >>> predictors(hidden, rows).ravel().tolist(), predictors(hidden, shared).ravel().tolist()
+    ([1.0, 2.0], [2.0, 2.0])
+    """
     if batch.shared is None:
         return hidden_RTD
     return jnp.take_along_axis(hidden_RTD, jnp.asarray(batch.shared.source_RT)[..., None], 1)

@@ -1,4 +1,4 @@
-"""The optimizer: AdamW with clipping, warm-up and a schedule, as one optax chain."""
+"""The optimizer: AdamW or Adafactor with clipping, warm-up and a schedule, as one optax chain."""
 
 from __future__ import annotations
 
@@ -101,8 +101,10 @@ def make(
     weight_decay: float = 0.0,
     clip_norm: float = 1.0,
     decay_mask: Callable[[Any], Any] = decay_mask,
+    name: str = "adamw",
+    moments_dtype: str = "float32",
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """Makes AdamW with clipping by the global norm, and its learning-rate schedule.
+    """Makes AdamW or Adafactor with clipping by the global norm, and the learning-rate schedule.
 
     Args:
         lr: peak learning rate.
@@ -116,6 +118,10 @@ def make(
         weight_decay: decoupled, multiplied by the learning rate.
         clip_norm: largest global norm of the gradients; 0 switches clipping off.
         decay_mask: from parameters to a tree of bool, True where weight decay applies.
+        name: "adamw", or "adafactor": in place of the mean of a matrix's squared gradients, the
+            means of its rows and columns. `b2` and `eps` are then those of its paper.
+        moments_dtype: of the mean of gradients. Their squares stay in float32: at b2 = 0.999 a
+            step changes them by less than bfloat16 can tell.
 
     Returns:
         The optax transformation and the schedule inside it (for the metrics).
@@ -123,7 +129,8 @@ def make(
     Raises:
         ValueError: a setting outside its range.
 
-    Source: Loshchilov & Hutter 2019 (decoupled weight decay); Pascanu et al. 2013 (clipping).
+    Source: Loshchilov & Hutter 2019 (decoupled weight decay); Pascanu et al. 2013 (clipping);
+    Shazeer & Stern 2018 (Adafactor, arXiv 1804.04235).
 
     >>> tx, rate = make(lr=0.1, schedule="constant", warmup=0, steps=10)
     >>> updates, _ = tx.update(jnp.ones(2), tx.init(jnp.ones(2)), jnp.ones(2))
@@ -140,11 +147,21 @@ def make(
             f"optim.weight_decay={weight_decay} and optim.clip_norm={clip_norm} must not be "
             f"negative. Use 0 to switch either off."
         )
+    if name not in ("adamw", "adafactor") or moments_dtype not in ("float32", "bfloat16"):
+        raise ValueError(
+            f"optim.name={name!r} must be 'adamw' or 'adafactor', and optim.moments_dtype="
+            f"{moments_dtype!r} 'float32' or 'bfloat16'."
+        )
     rate = learning_rate(
         lr=lr, name=schedule, warmup=warmup, steps=steps, min_lr_ratio=min_lr_ratio
     )
     chain = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
-    chain.append(optax.scale_by_adam(b1=b1, b2=b2, eps=eps))
+    if name == "adamw":
+        chain.append(optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=moments_dtype))
+    else:
+        chain += [optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)]
+        if b1:
+            chain.append(optax.ema(b1, debias=False, accumulator_dtype=moments_dtype))
     if weight_decay:
         chain.append(optax.add_decayed_weights(weight_decay, mask=decay_mask))
     chain.append(optax.scale_by_learning_rate(rate))

@@ -141,3 +141,37 @@ def test_first_update_of_a_warm_up_changes_nothing(jit):
 def test_wrong_settings_are_named_with_rule_and_fix(wrong, words):
     with pytest.raises(ValueError, match=words):
         optim.make(**({"lr": 1e-3, "warmup": 1, "steps": 10} | wrong))
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_smaller_states_take_nearly_the_same_steps(name):
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.float32(rng.normal(size=(256, 128)))}
+    target = jnp.float32(rng.normal(size=(256, 128)))
+    settings = {"lr": 0.05, "schedule": "constant", "warmup": 0, "steps": 100, "name": name}
+
+    def run(dtype):
+        tx, _ = optim.make(**settings, moments_dtype=dtype)
+        state, now = tx.init(params), params
+        update = jax.jit(tx.update)
+        for _ in range(40):
+            updates, state = update(jax.tree.map(lambda w: w - target, now), state, now)
+            now = jax.tree.map(jnp.add, now, updates)
+        return float(jnp.mean((now["w"] - target) ** 2)), state
+
+    (exact, whole), (rounded, small) = run("float32"), run("bfloat16")
+    before = float(jnp.mean((params["w"] - target) ** 2))
+    assert exact < 0.2 * before and abs(rounded - exact) < 0.01 * before
+
+    def size(tree):
+        return sum(x.nbytes for x in jax.tree.leaves(tree))
+
+    weights = params["w"].nbytes
+    assert size(whole) - size(small) == weights // 2  # the mean of gradients, at half the bytes
+    squares = size(small) - weights // 2
+    assert squares > weights if name == "adamw" else squares < weights // 10
+
+
+def test_unknown_optimizers_are_refused():
+    with pytest.raises(ValueError, match="'lion'"):
+        optim.make(lr=1.0, warmup=0, steps=2, name="lion")

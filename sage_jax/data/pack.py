@@ -69,7 +69,7 @@ def shape(
       The shape.
 
     >>> shape(np.array([[10, 12], [3, 4], [4, 3], [5, 6]]), batch_pairs=2, packing=False)
-    RowShape(row_length=24, rows=2, slots=1)
+    RowShape(row_length=24, rows=2, slots=1, sizes=())
     """
     length_N = _each(lengths_N2)
     if batch_pairs < 1 or len(length_N) == 0:

@@ -73,9 +73,8 @@ def attend(
     )
     fill = -length % settings.queries
     # A filled query sees key 0 alone, so that no softmax is empty; its output is cut off.
-    ranges = _ranges(
-        *(jnp.pad(x, ((0, 0), (0, fill))) for x in visible[:3]), settings, heads // groups
-    )
+    first, last, position = (jnp.pad(x, ((0, 0), (0, fill))) for x in visible[:3])
+    ranges = _ranges(first, last, position, settings, heads // groups)
     q_INGQE = _to_blocks(jnp.pad(q_NMHE, ((0, 0), (0, fill), (0, 0), (0, 0))), groups, settings)
     key, value = (x.transpose(0, 2, 1, 3) for x in (key_NMGE, value_NMGE))
     # A key block begins anywhere: the last one reaches past the row.

@@ -8,11 +8,13 @@ gives their outputs.
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sage_jax.models import attention_blocks, attention_spread
@@ -32,25 +34,28 @@ def _kernel(
     shape = (length, length)
     mask: Any = splash.CausalMask(shape)
     if ahead:
-        mask: Any = splash.LocalMask(shape, (0, None), 0)
+        mask = splash.LocalMask(shape, (0, None), 0)
     elif window:
-        mask: Any = splash.LocalMask(shape, (window - 1, 0), 0)
+        mask = splash.LocalMask(shape, (window - 1, 0), 0)
     sizes = splash.BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=block,
         block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
         block_q_dq=block, block_kv_dq=block,
     )  # fmt: skip
-    # The kernel's arrays of block indices have to be concrete, also when the first call is traced.
-    with jax.ensure_compile_time_eval():
-        return splash.make_splash_mha(
-            splash.MultiHeadMask([mask] * heads),
-            block_sizes=sizes,
-            head_shards=1,
-            q_seq_shards=shards,
-            attn_logits_soft_cap=softcap or None,
-            residual_checkpoint_name=attention_blocks.SAVED,
-            interpret=interpret,
-        )
+    make = functools.partial(
+        splash.make_splash_mha,
+        splash.MultiHeadMask([mask] * heads),
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=shards,
+        attn_logits_soft_cap=softcap or None,
+        residual_checkpoint_name=attention_blocks.SAVED,
+        interpret=interpret,
+    )
+    # The kernel's arrays of block indices have to be concrete, also when the first call is traced;
+    # under Flax's scan `ensure_compile_time_eval` leaves tracers. A thread is in no trace.
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        return jax.tree.map(np.asarray, thread.submit(make).result())
 
 
 def attend(

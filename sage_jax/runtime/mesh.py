@@ -167,9 +167,11 @@ def state_shardings(
     whole = replicated(mesh)
     return optax.tree.map_params(
         tx,
-        lambda _, sharding: sharding,
+        # What is not as large as its weight, such as sums over its rows, is small: it is whole.
+        lambda leaf, sharding, weight: sharding if leaf.shape == weight.shape else whole,
         jax.eval_shape(tx.init, params),
         shardings(params, mesh, rules),
+        params,
         transform_non_params=lambda _: whole,
     )
 

@@ -26,8 +26,10 @@ def detect(
 
     The share of flips is estimated over all pairs: those that a selection has trained or scored
     lately are no fair sample of them. A pair that nothing has seen since the start is not accused.
+    Nothing is held of pairs that are not all the policy's own answers: where chosen ones come from
+    elsewhere, a policy is surely wrong of whole kinds of problems until it has learned them.
     """
-    chosen = run.selection
+    chosen, own = run.selection, config.sampled(pairs.columns)
     nats: np.ndarray | float = 1.0 / chosen.temperature
     if chosen.length_normalised:
         nats = nats * np.maximum((pairs.lengths_N2 - pairs.start_N2).mean(axis=1), 1.0)
@@ -39,8 +41,10 @@ def detect(
             run.loss.beta,
             nats,
         ),
-        held,
+        held if own else None,
     )
+    if not own:
+        flips = flips._replace(held=noise.Held())
     seen_N = memory.last_round >= 0
     return flips._replace(posterior_N=np.where(seen_N, flips.posterior_N, np.nan))
 

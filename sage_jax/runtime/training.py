@@ -105,6 +105,7 @@ def fit(run: config.Run, workdir: pathlib.Path, mode: str) -> int:
         workdir.mkdir(parents=True, exist_ok=True)
         writers.write_json(workdir / "config.json", {"mode": mode} | config.as_dict(run))
     _describe(run, parts, workdir)
+    keep_programs(run, workdir)
 
     policy, pairs, held_out = parts.policy, parts.pairs, parts.held_out
     share = setup.shares_prompts(run, policy.model, pairs)
@@ -167,6 +168,18 @@ def fit(run: config.Run, workdir: pathlib.Path, mode: str) -> int:
         html.write(workdir)
         summary.show(found, workdir)
     return 0
+
+
+def keep_programs(run: config.Run, workdir: pathlib.Path) -> None:
+    """Keeps compiled programs, by train.compile_cache, unless JAX keeps them elsewhere already."""
+    setting = run.train.compile_cache
+    if not setting or jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
+        return
+    from jax.experimental.compilation_cache import compilation_cache
+
+    where = workdir / "compiled" if setting == "workdir" else pathlib.Path(setting)
+    jax.config.update("jax_compilation_cache_dir", str(where))
+    compilation_cache.reset_cache()  # what has compiled before has noted that there is no cache
 
 
 TWINS = ("uniform", "random")  # what a run can be compared with: config.compare

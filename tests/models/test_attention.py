@@ -102,7 +102,7 @@ def test_rows_and_heads_over_eight_devices(name):
         ("dense", (2, 4, 1), 256),
         ("blocks", (2, 2, 2), 256),
         ("blocks", (1, 8, 1), 256),
-        ("splash", (1, 2, 4), 256),  # 128 tokens on a device, the least that the TPU kernel takes
+        ("splash", (2, 2, 2), 256),  # 128 tokens on a device, the least that the TPU kernel takes
     ],
     ids=str,
 )

@@ -10,6 +10,8 @@ import pytest
 from sage_jax import logprobs, losses, models, step
 from sage_jax.data import encode, pack, records
 from sage_jax.models import attention
+from sage_jax.runtime import mesh as meshes
+from sage_jax.runtime import setup
 
 PAIRS = 6
 
@@ -64,3 +66,26 @@ def test_sharing_the_prompt_changes_nothing_but_the_work(kernel):
     for a, b in zip(jax.tree.leaves(shared[2]), jax.tree.leaves(grads), strict=True):
         assert np.linalg.norm(a - b) <= 2e-6 * np.linalg.norm(b)
     assert tokens - shared[3] == pairs.start_N2[:, 0].sum()  # each prompt once less
+
+
+def test_shared_prompts_over_eight_devices():
+    spec = models.ModelSpec(vocab=64, d_model=32, d_ff=64, layers=2, heads=4, kv_heads=2)
+    pairs = make_pairs()
+    lengths = pairs.row_lengths(True)
+    plan = pack.plan(lengths, range(PAIRS), row_length=128, rows=4, slots=PAIRS)
+    rows = pack.collate(pairs, plan[0], 128, share=True)
+    mesh = meshes.make_mesh(data=2, fsdp=2, tensor=2)
+    one = dataclasses.replace(models.Model(spec), kernel=attention.Kernel("blocks"))
+    params = one.init(jax.random.key(0))
+
+    def total(model, mesh, params, rows):
+        logps_fn = setup.Policy(model, None, None, "", mesh).logps_fn()
+        return jnp.sum(logps_fn(params, None, rows).logps * rows.pair_RS[..., None])
+
+    wanted = jax.grad(lambda p: total(one, None, p, rows))(params)
+    kernel = attention.Kernel("blocks", mesh, meshes.ROWS, ("tensor",))
+    many = dataclasses.replace(one, kernel=kernel)
+    placed = jax.device_put(params, meshes.shardings(params, mesh))
+    found = jax.jit(jax.grad(lambda p, b: total(many, mesh, p, b)))(placed, meshes.put(rows, mesh))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sage_jax import config
+from sage_jax import config, head
 from sage_jax.data import steps
 from sage_jax.models import catalog, spec
 from sage_jax.runtime import compile as compiler
-from sage_jax.runtime import hlo
+from sage_jax.runtime import hlo, setup
 from sage_jax.runtime import mesh as meshes
 
-# Each number is that of one thing only, so that a shape says what it is. The softmax of a row is more
-# than the head may keep for its gradient (`head.Memory.kept`).
+# Each number is that of one thing only, so that a shape says what it is. The softmax of a row is
+# more than the head may keep for its gradient (`head.Memory.kept`).
 WIDTH, FF, VOCABULARY, LENGTH, ROWS = 256, 640, 151_936, 2048, 8
 SPEC = spec.ModelSpec(
     vocab=VOCABULARY, d_model=WIDTH, d_ff=FF, layers=3, heads=2, kv_heads=2, tied=False
@@ -39,6 +39,7 @@ def named():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(catalog.SPECS, "of_this_test", SPEC)
         patch.setattr(compiler, "row_shape", lambda run, mesh: SHAPE)
+        patch.setattr(setup, "head_memory", lambda mesh: head.Memory())  # on every machine
         yield
 
 

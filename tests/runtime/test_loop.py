@@ -226,3 +226,25 @@ def test_difficulty_column_with_gaps_is_refused():
     pairs = encode.encode(records.read(rows), None, max_length=8)
     with pytest.raises(ValueError, match="1 of 2 pairs have no value"):
         rounds.difficulty(pairs, None, "level")
+
+
+def test_programs_are_kept_in_the_workdir_unless_jax_keeps_them_elsewhere(tmp_path):
+    code = f"""
+import pathlib, jax, jax.numpy as jnp
+from sage_jax import config
+from sage_jax.runtime import training
+jax.jit(lambda x: x + 1)(jnp.ones(3))  # there was no cache when this was compiled
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+training.keep_programs(config.Run(), pathlib.Path({str(tmp_path)!r}))
+jax.jit(lambda x: x * 2)(jnp.ones(3))
+"""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
+    env |= {"JAX_PLATFORMS": "cpu"}
+    kept = tmp_path / "compiled"
+    subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=120)
+    assert any(kept.iterdir())
+    elsewhere = env | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "other")}
+    for file in kept.iterdir():
+        file.unlink()
+    subprocess.run([sys.executable, "-c", code], env=elsewhere, check=True, timeout=120)
+    assert not any(kept.iterdir()) and any((tmp_path / "other").iterdir())

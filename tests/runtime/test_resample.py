@@ -158,7 +158,7 @@ def test_sampling_counts_in_the_total_and_new_margins_as_scoring(uninterrupted):
     spent, rows = outcome.counters, rows_of(workdir)
     assert spent.flops_sampling > 0 and spent.seconds_sampling > 0
     new = encode.take(trainer.pairs, np.arange(100, len(trainer.pairs)))
-    light = counters.pair_flops(trainer.policy.model, new, light=True).sum()
+    light = counters.pair_flops(trainer.policy.model, new, shared=True).sum()
     assert spent.flops_scoring == pytest.approx(light)
     total = spent.flops_sampling + spent.flops_scoring + spent.flops_training
     assert rows[-1]["flops"] == pytest.approx(total)
@@ -449,14 +449,14 @@ def test_fixed_problems_are_answered_anew_each_time(job, tmp_path):
 
 def test_rows_are_planned_for_the_longest_answers_that_can_be_sampled(job):
     run, pairs = small_run(**{"eval.max_new_tokens": 90}), job["pairs"]
-    problems = problems_of(run)
-    lengths = resample_plan.planned(run, job["policy"].tokenizer, pairs, problems, pairs.lengths_N2)
+    problems, lengths_N = problems_of(run), pairs.row_lengths(True)
+    lengths = resample_plan.planned(run, job["policy"].tokenizer, pairs, problems, lengths_N)
     longest = max(len(p) for p in drawn(run, 1))  # one token a character
     longest = max(longest, int(pairs.start_N2.max()))
-    assert lengths[-1].tolist() == [longest + 90 + resample_plan.AFTER_ANSWER] * 2
+    assert lengths[-1] == 2 * (longest + 90 + resample_plan.AFTER_ANSWER)
     run = config.replace(run, **{"data.max_length": 64})
-    short = resample_plan.planned(run, job["policy"].tokenizer, pairs, problems, pairs.lengths_N2)
-    assert short[-1].tolist() == [64, 64]
+    short = resample_plan.planned(run, job["policy"].tokenizer, pairs, problems, lengths_N)
+    assert short[-1] == 2 * 64
 
 
 def test_the_twin_takes_as_many_steps_as_the_same_flops_allow():

@@ -81,7 +81,7 @@ def next_round(job, run, memory, state=None, number=0, score_pool=None):
     run = config.settle_data(run, job["pairs"].columns)
     return rounds.next_round(
         number, memory, None, state, run=run, loss=setup.make_loss(run), pairs=job["pairs"],
-        shapes=job["passes"].shape.every, score_pool=score_pool,
+        shape=job["passes"].shape, score_pool=score_pool,
     )  # fmt: skip
 
 

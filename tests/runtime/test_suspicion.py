@@ -91,7 +91,7 @@ def chosen_from(memory, run, job):
     run = config.settle_data(run, job["pairs"].columns)
     return rounds.next_round(
         1, memory, None, None, run=run, loss=setup.make_loss(run), pairs=job["pairs"],
-        shapes=job["passes"].shape.every, score_pool=None,
+        shape=job["passes"].shape, score_pool=None,
     )  # fmt: skip
 
 
@@ -139,6 +139,20 @@ def test_a_pair_that_nothing_has_seen_since_the_start_is_not_accused(job):
     memory = memory._replace(last_round=np.where(hidden, -1, 0).astype(np.int32))
     flips = suspicion.detect(memory, small_run(), job["pairs"])
     assert not flips.suspected_N[hidden].any() and flips.suspected_N[~hidden].any()
+
+
+def test_only_of_the_policys_own_pairs_is_a_share_of_flips_held(job):
+    memory, _ = known_memory(384, share=0.0)
+    run, held = small_run(), noise.Held(2 * noise.LEAST_HELD, 0.2)
+    own = suspicion.detect(memory, run, job["pairs"], held)
+    assert (own.held, own.share, own.many) == (held, 0.2, True)
+    columns = {k: v for k, v in job["pairs"].columns.items() if k != "pass_rate"}
+    others = dataclasses.replace(job["pairs"], columns=columns)
+    found = suspicion.detect(memory, run, others, held)
+    assert (found.held, found.many) == (noise.Held(), False)
+    noisy, flipped = known_memory(384)
+    found = suspicion.detect(noisy, run, others, held)  # what is seen now still counts
+    assert found.many and found.held == noise.Held() and flipped[found.suspected_N].mean() > 0.9
 
 
 def test_temperature_and_length_normalisation_change_units_only(job):

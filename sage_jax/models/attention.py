@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 import math
 from typing import Any, NamedTuple
 
@@ -248,4 +249,8 @@ def _in_blocks(
     return out.reshape(rows, length, heads * width)
 
 
-_PARTS = {"dense": _dense, "blocks": _in_blocks}  # plain XLA, on one device or on each
+# In plain XLA, on one device or on each.
+_PARTS: dict[str, Callable[..., jax.Array]] = {"dense": _dense, "blocks": _in_blocks}
+    "dense": _dense,
+    "blocks": _in_blocks,
+}  # on one device or on each

@@ -89,7 +89,7 @@ def target(name: str) -> Target:
             f"--topology={name} needs the TPU compiler: pip install 'sage_jax[tpu]', or pip "
             f"install libtpu. No TPU is needed."
         ) from e
-    devices = list(found.devices)
+    devices: list[Any] = list(found.devices)
     places = tuple(tuple(int(n) for n in d.coords) for d in devices)
     extent = tuple(max(c[axis] for c in places) + 1 for axis in range(len(places[0])))
     return Target(name, devices, chips.TPUS[kind], places, extent)

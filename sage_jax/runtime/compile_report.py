@@ -165,7 +165,7 @@ def read(
         found[0] += one.count
         found[1] += one.total_bytes
         found[2] += collective_seconds(one, machine)
-    collectives = tuple(
+    collectives: tuple[dict[str, Any], ...] = tuple(
         {"kind": kind, "count": found[0], "bytes": found[1], "seconds": found[2]}
         for kind, found in sorted(by_kind.items(), key=lambda item: -item[1][1])
     )

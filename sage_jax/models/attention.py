@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -251,6 +251,3 @@ def _in_blocks(
 
 # In plain XLA, on one device or on each.
 _PARTS: dict[str, Callable[..., jax.Array]] = {"dense": _dense, "blocks": _in_blocks}
-    "dense": _dense,
-    "blocks": _in_blocks,
-}  # on one device or on each

@@ -116,6 +116,11 @@ def _cpu_target(name: str, count: int) -> Target:
     return Target(name, devices, None, tuple((i,) for i in range(count)), (count,))
 
 
+def make_mesh(run: config.Run, machine: Target) -> jax.sharding.Mesh:
+    """The mesh of the settings on the devices of a topology."""
+    return meshes.make_mesh(**dataclasses.asdict(run.mesh), devices=machine.devices)
+
+
 def abstract_policy(run: config.Run, mesh: jax.sharding.Mesh) -> setup.Policy:
     """The model of a run with shapes in place of weights.
 
@@ -155,9 +160,11 @@ def placed(shapes: Any, shardings: Any) -> Any:
     )
 
 
-def rows_of(shape: row_shapes.Shape, mesh: jax.sharding.Mesh) -> batch.PackedBatch:
-    """Shapes of a batch."""
+def rows_of(shape: row_shapes.Shape, mesh: jax.sharding.Mesh, share: bool) -> batch.PackedBatch:
+    """Shapes of a batch, whose pairs share their prompts or not."""
     one = batch.empty(1, shape.row_length, shape.slots)
+    if share:
+        one = one._replace(shared=batch.Shared(one.tokens_RT, one.tokens_RT, one.tokens_RT))
     where = meshes.batch_sharding(mesh)
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((shape.rows, *x.shape[1:]), x.dtype, sharding=where), one
@@ -190,7 +197,8 @@ def make_step(name: str, run: config.Run, mesh: jax.sharding.Mesh) -> Lowered:
     if name == "sample":
         return _sample_step(run, policy, mesh)
     shape = row_shape(run, mesh)
-    rows = rows_of(shape, mesh)
+    # Whether "auto" shares prompts depends on the data; without sharing a step takes the most.
+    rows = rows_of(shape, mesh, run.data.share_prompts == "on")
     pairs = min(run.train.batch_pairs, shape.rows * shape.slots)
     lengths = np.full((pairs, 2), min(run.data.max_length, shape.row_length // 2))
     flops = _forward_flops(policy.model, lengths)
@@ -379,7 +387,7 @@ def run_mode(
         if name not in STEPS:
             raise ValueError(f"--steps={steps}: {name!r} is none of {', '.join(STEPS)}.")
     machine = target(topology)
-    mesh = meshes.make_mesh(**dataclasses.asdict(run.mesh), devices=machine.devices)
+    mesh = make_mesh(run, machine)
     reports = []
     for name in names:
         found = compile_step(make_step(name, run, mesh), machine)

@@ -226,3 +226,26 @@ def test_head_needs_a_tenth_of_the_memory_of_whole_logits():
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporaries(chunked) < 0.1 * temporaries(naive)
+
+
+@pytest.mark.parametrize("kept", [0, 2**29], ids=["computed again", "kept"])
+def test_capped_logits_have_the_gradient_of_autodiff(kept):
+    keys = jax.random.split(jax.random.key(0), 3)
+    hidden, table = jax.random.normal(keys[0], (2, 6, 5)), jax.random.normal(keys[1], (5, 11))
+    targets = jax.random.randint(keys[2], (2, 6), 0, 11)
+    weight = jnp.linspace(-1.0, 1.0, 12).reshape(2, 6)
+
+    def ours(hidden, table):
+        memory = head.Memory(kept=kept)
+        found = logprobs.token_stats(hidden, table, targets, chunk=4, softcap=2.0, memory=memory)
+        return jnp.sum(weight * found.logp_RT)
+
+    def plain(hidden, table):
+        logps = jax.nn.log_softmax(2.0 * jnp.tanh(hidden @ table / 2.0))
+        return jnp.sum(weight * jnp.take_along_axis(logps, targets[..., None], -1)[..., 0])
+
+    found, expected = (
+        jax.jit(jax.value_and_grad(fn, (0, 1)))(hidden, table) for fn in (ours, plain)
+    )
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)

@@ -204,3 +204,27 @@ def test_a_traced_nll_weight_gives_the_step_of_the_fixed_one_in_one_trace(parts)
                 traced.params[name], fixed.params[name], rtol=1e-5, atol=1e-7
             )
     assert len(traces) == 1
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_penalty_is_added_to_the_loss_and_reported(parts):
+    def with_penalty(params, frozen, rows):
+        mean_token = jnp.mean(jnp.asarray(rows.tokens_RT, jnp.float32))  # differs between parts
+        return logps_fn(params, frozen, rows), mean_token * jnp.sum(params["head"] ** 2)
+
+    tx, rows, first = optax.sgd(1.0), rows_of(4), params()
+    outcomes = []
+    for fn, settings in ((logps_fn, {}), (with_penalty, {"penalty_weight": 0.01})):
+        train = step.make_train_step(fn, losses.sigmoid(0.1), tx, accumulate=parts, **settings)
+        outcomes.append(jax.jit(train)(step.init_state(first, tx), None, rows))
+    (plain, before), (moved, after) = outcomes
+    penalty = rows.tokens_RT.mean() * np.sum(np.square(first["head"]))
+    np.testing.assert_allclose(after.metrics["router_aux"], penalty, rtol=1e-5)
+    np.testing.assert_allclose(
+        after.metrics["loss"] - before.metrics["loss"], 0.01 * penalty, rtol=1e-4
+    )
+    pull = 0.01 * rows.tokens_RT.mean() * 2 * first["head"]  # its gradient, a step of size 1
+    np.testing.assert_allclose(
+        plain.params["head"] - moved.params["head"], pull, rtol=1e-3, atol=1e-5
+    )
+    assert "router_aux" not in before.metrics

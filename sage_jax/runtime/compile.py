@@ -22,7 +22,7 @@ import numpy as np
 
 from sage_jax import batch, config, logprobs
 from sage_jax.data import steps as row_shapes
-from sage_jax.models import attention, catalog, decoder, hf, hf_config, sources, spec
+from sage_jax.models import attention, catalog, decoder, hf, hf_config, lora, sources, spec
 from sage_jax.runtime import chips, compile_report, hlo, programs, setup, state
 from sage_jax.runtime import mesh as meshes
 
@@ -128,7 +128,23 @@ def abstract_policy(run: config.Run, mesh: jax.sharding.Mesh) -> setup.Policy:
     """
     model = setup.on_mesh(run, decoder.Model(model_spec(run)), mesh)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
-    return setup.Policy(model, placed(shapes, meshes.shardings(shapes, mesh)), None, "", mesh)
+    base = placed(shapes, meshes.shardings(shapes, mesh))
+    policy = setup.Policy(model, base, None, "", mesh)
+    settings = setup.lora_settings(run)
+    if run.lora.path:
+        raise ValueError(
+            f"config.lora.path={run.lora.path!r} names an adapter, whose files a dry run does not "
+            f"read. Set config.lora.rank and lora.targets to what it has."
+        )
+    if settings is None:
+        return policy
+    adapter = jax.eval_shape(lambda p: lora.init(jax.random.key(0), p, settings), shapes)
+    return dataclasses.replace(
+        policy,
+        params=placed(adapter, meshes.shardings(adapter, mesh)),
+        frozen=base,
+        lora=settings,
+    )
 
 
 def model_spec(run: config.Run) -> spec.ModelSpec:
@@ -213,9 +229,14 @@ def make_step(name: str, run: config.Run, mesh: jax.sharding.Mesh) -> Lowered:
         nll = (jax.ShapeDtypeStruct((), jnp.float32),) if run.loss.nll_auto else ()
         # The weights that training started from stay: they are the reference of evaluations.
         return Lowered(
-            name, lambda: program.lower(start, None, rows, *nll), pairs, tokens, 3 * flops, weights,
+            name,
+            lambda: program.lower(start, policy.frozen, rows, *nll),
+            pairs,
+            tokens,
+            3 * flops,
+            weights,
             trips,
-        )  # fmt: skip
+        )
     # In a training, the optimizer's state and the first weights lie beside a forward pass.
     beside = device_bytes(state.abstract_state(run, policy.params, mesh))
     params = policy.params
@@ -231,8 +252,14 @@ def make_step(name: str, run: config.Run, mesh: jax.sharding.Mesh) -> Lowered:
         policy, mesh, logit_norm="logit_norm" in run.selection.stability, light=light, dtype=dtype
     )
     return Lowered(
+<<<<<<< HEAD
         name, lambda: program.lower(params, None, rows), pairs, tokens, flops, beside, trips
     )
+=======
+        name, lambda: program.lower(params, policy.frozen, rows), pairs, tokens, flops, beside,
+        trips=8 if light else 1,
+    )  # fmt: skip
+>>>>>>> models
 
 
 def _sample_step(run: config.Run, policy: setup.Policy, mesh: jax.sharding.Mesh) -> Lowered:

@@ -143,6 +143,14 @@ def load_policy(run: config.Run, mesh: jax.sharding.Mesh, tokenizer: Any = None)
     return add_adapters(run, policy, mesh)
 
 
+def lora_settings(run: config.Run) -> adapters.Lora | None:
+    """New adapters as the settings want them; None when they want none."""
+    own = run.lora
+    if not own.rank:
+        return None
+    return adapters.Lora(own.rank, own.alpha, own.targets, own.rank_stabilised, own.dora)
+
+
 def add_adapters(run: config.Run, policy: Policy, mesh: jax.sharding.Mesh) -> Policy:
     """The policy with the adapters of config.lora in the place of its weights, if there are any.
 
@@ -160,10 +168,8 @@ def add_adapters(run: config.Run, policy: Policy, mesh: jax.sharding.Mesh) -> Po
         both = hashlib.blake2b(digest_size=16)
         both.update(f"{policy.fingerprint} {models.fingerprint(params)} {lora}".encode())
         name = both.hexdigest()
-    elif settings.rank:
-        lora = adapters.Lora(
-            settings.rank, settings.alpha, settings.targets, settings.rank_stabilised, settings.dora
-        )
+    elif new := lora_settings(run):
+        lora = new
         make = functools.partial(adapters.init, lora=lora)
         params = meshes.init(make, mesh, jax.random.key(run.seed), base)
         name = policy.fingerprint

@@ -248,6 +248,20 @@ TEXTS = (  # for SmolLM2's tokenizer
     "<|im_start|>user\nWhat is 7*8?<|im_end|>\n<|im_start|>assistant\n",
     " leading and   inner  spaces \n\n\nend 1,000.50",
 )
+_ASKED = (
+    "What is 7*8?", "Name three colours.", "What is the capital of France?",
+    "Say hello in Spanish.", "Write a haiku about rain.", "Is 17 prime?",
+    "Count from one to five.", "What do bees make?",
+    "Translate 'cat' to French.", "Who wrote Hamlet?", "What is 12 + 30?",
+    "Define entropy briefly.",
+    "Give a synonym of happy.", "How many legs has a spider?", "What is H2O?",
+)  # fmt: skip
+PROMPTS = (  # whose greedy continuations are compared, token by token
+    *(f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n" for text in _ASKED),
+    "Once upon a time", "The three laws of thermodynamics are", "def fibonacci(n):\n",
+    "1, 2, 4, 8, 16,", "Dear Sir or Madam,",
+)  # fmt: skip
+NEW_TOKENS = 24
 COLUMNS = slice(None, None, 512)  # of SmolLM2's 49152 logits a position: 96 are stored
 
 
@@ -389,6 +403,25 @@ def smollm2() -> dict[str, np.ndarray]:
         out[f"smollm2/logits/{i}"] = logits[:, COLUMNS].numpy()
         out[f"smollm2/lse/{i}"] = torch.logsumexp(logits.double(), -1).float().numpy()
         out[f"smollm2/argmax/{i}"] = logits.argmax(-1).int().numpy()
+    return out | greedy(built, tokenizer)
+
+
+def greedy(built, tokenizer) -> dict[str, np.ndarray]:  # type: ignore[no-untyped-def]
+    """What `generate` answers to the prompts, in one batch padded on the left."""
+    import torch
+
+    given = tokenizer(list(PROMPTS), return_tensors="pt", padding=True, padding_side="left")
+    with torch.no_grad():
+        whole = built.generate(
+            **given, do_sample=False, pad_token_id=tokenizer.pad_token_id,
+            max_new_tokens=NEW_TOKENS,
+        )  # fmt: skip
+    out, length = {}, given.input_ids.shape[1]
+    for i, (mask, ids) in enumerate(zip(given.attention_mask.bool(), whole, strict=True)):
+        answer = ids[length:].int().numpy()
+        ends = np.flatnonzero(answer == tokenizer.eos_token_id)
+        out[f"smollm2/prompt/{i}"] = ids[:length][mask].int().numpy()
+        out[f"smollm2/greedy/{i}"] = answer[: ends[0] + 1] if len(ends) else answer
     return out
 
 

@@ -11,6 +11,7 @@ import pytest
 from scipy import special
 
 from sage_jax import head, models
+from sage_jax.generate import sampler
 from sage_jax.models import tensors
 
 TOLERANCE = 2e-4
@@ -146,6 +147,25 @@ def _check_smollm2(golden, smollm2, numbers):
 @pytest.mark.slow
 def test_smollm2_logits_equal_transformers(golden, smollm2):
     _check_smollm2(golden, smollm2, _numbers(golden))
+
+
+@pytest.mark.slow
+def test_greedy_answers_of_smollm2_equal_those_of_transformers(golden, smollm2):
+    model, params = smollm2
+    numbers = _numbers(golden)
+    count = len(golden.PROMPTS)
+    prompts = [numbers[f"smollm2/prompt/{i}"].tolist() for i in range(count)]
+    assert count == 20
+    sample = sampler.make_sampler(
+        model, max_new_tokens=golden.NEW_TOKENS, eos_id=model.spec.eos_ids, temperature=0.0
+    )
+    given = sampler.left_pad(prompts, max(map(len, prompts)))
+    keys = jax.random.split(jax.random.key(0), count)
+    found = jax.device_get(jax.jit(sample)(params, *given, keys))
+    for i in range(count):
+        expected = numbers[f"smollm2/greedy/{i}"].tolist()
+        ended = int(found.length_B[i]) + bool(found.finished_B[i])  # the end token is counted there
+        assert found.tokens_BN[i, :ended].tolist() == expected, golden.PROMPTS[i]
 
 
 @pytest.fixture(scope="module")

@@ -252,14 +252,14 @@ def make_step(name: str, run: config.Run, mesh: jax.sharding.Mesh) -> Lowered:
         policy, mesh, logit_norm="logit_norm" in run.selection.stability, light=light, dtype=dtype
     )
     return Lowered(
-<<<<<<< HEAD
-        name, lambda: program.lower(params, None, rows), pairs, tokens, flops, beside, trips
+        name,
+        lambda: program.lower(params, policy.frozen, rows),
+        pairs,
+        tokens,
+        flops,
+        beside,
+        trips,
     )
-=======
-        name, lambda: program.lower(params, policy.frozen, rows), pairs, tokens, flops, beside,
-        trips=8 if light else 1,
-    )  # fmt: skip
->>>>>>> models
 
 
 def _sample_step(run: config.Run, policy: setup.Policy, mesh: jax.sharding.Mesh) -> Lowered:

@@ -19,5 +19,4 @@ def get_config():
     c.mesh.data, c.mesh.fsdp = 1, 256
     c.optim.lr = 5e-7
     c.eval.max_new_tokens, c.eval.batch = 1024, 256
-    c.selection.scoring_dtype = "bfloat16"
     return c

@@ -21,5 +21,4 @@ def get_config():
     c.mesh.data, c.mesh.fsdp, c.mesh.context = 1, 16, 4
     c.optim.lr = 5e-7
     c.eval.max_new_tokens, c.eval.batch = 1024, 64
-    c.selection.scoring_dtype = "bfloat16"
     return c

@@ -18,5 +18,4 @@ def get_config():
     c.mesh.data, c.mesh.fsdp = 1, 8
     c.optim.lr = 5e-7
     c.eval.max_new_tokens, c.eval.batch = 512, 64
-    c.selection.scoring_dtype = "bfloat16"
     return c

@@ -108,7 +108,7 @@ def test_a_mistyped_command_is_one_line(argv, said, capsys):
         ("train", {"reference.path": "models/none"}, r"'models/none' does not exist"),
         ("train", {"mesh.tensor": 3}, "Choose sizes whose product is 8"),
         ("train", {"selection.name": "my_rules:best"}, "cannot be loaded"),
-        ("train", {"export.dtype": "float16"}, "config.export.dtype='float16' is not one of"),
+        ("train", {"export.dtype": "float8"}, "config.export.dtype='float8' is not one of"),
         ("sample", {"sample.per_problem": 1}, "config.sample.per_problem=1"),
         ("sample", {"eval.problems": "held_out.jsonl"}, "is for evaluation"),
         ("eval", {"eval.problems": ""}, "are both empty"),

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -248,4 +249,5 @@ def _in_blocks(
     return out.reshape(rows, length, heads * width)
 
 
-_PARTS = {"dense": _dense, "blocks": _in_blocks}  # plain XLA, on one device or on each
+# In plain XLA, on one device or on each.
+_PARTS: dict[str, Callable[..., jax.Array]] = {"dense": _dense, "blocks": _in_blocks}

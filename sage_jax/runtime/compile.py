@@ -89,7 +89,7 @@ def target(name: str) -> Target:
             f"--topology={name} needs the TPU compiler: pip install 'sage_jax[tpu]', or pip "
             f"install libtpu. No TPU is needed."
         ) from e
-    devices = list(found.devices)
+    devices: list[Any] = list(found.devices)
     places = tuple(tuple(int(n) for n in d.coords) for d in devices)
     extent = tuple(max(c[axis] for c in places) + 1 for axis in range(len(places[0])))
     return Target(name, devices, chips.TPUS[kind], places, extent)
@@ -114,6 +114,11 @@ def _cpu_target(name: str, count: int) -> Target:
             f"command in a process of its own."
         )
     return Target(name, devices, None, tuple((i,) for i in range(count)), (count,))
+
+
+def make_mesh(run: config.Run, machine: Target) -> jax.sharding.Mesh:
+    """The mesh of the settings on the devices of a topology."""
+    return meshes.make_mesh(**dataclasses.asdict(run.mesh), devices=machine.devices)
 
 
 def abstract_policy(run: config.Run, mesh: jax.sharding.Mesh) -> setup.Policy:
@@ -171,9 +176,11 @@ def placed(shapes: Any, shardings: Any) -> Any:
     )
 
 
-def rows_of(shape: row_shapes.Shape, mesh: jax.sharding.Mesh) -> batch.PackedBatch:
-    """Shapes of a batch."""
+def rows_of(shape: row_shapes.Shape, mesh: jax.sharding.Mesh, share: bool) -> batch.PackedBatch:
+    """Shapes of a batch, whose pairs share their prompts or not."""
     one = batch.empty(1, shape.row_length, shape.slots)
+    if share:
+        one = one._replace(shared=batch.Shared(one.tokens_RT, one.tokens_RT, one.tokens_RT))
     where = meshes.batch_sharding(mesh)
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((shape.rows, *x.shape[1:]), x.dtype, sharding=where), one
@@ -206,7 +213,8 @@ def make_step(name: str, run: config.Run, mesh: jax.sharding.Mesh) -> Lowered:
     if name == "sample":
         return _sample_step(run, policy, mesh)
     shape = row_shape(run, mesh)
-    rows = rows_of(shape, mesh)
+    # Whether "auto" shares prompts depends on the data; without sharing a step takes the most.
+    rows = rows_of(shape, mesh, run.data.share_prompts == "on")
     pairs = min(run.train.batch_pairs, shape.rows * shape.slots)
     lengths = np.full((pairs, 2), min(run.data.max_length, shape.row_length // 2))
     flops = _forward_flops(policy.model, lengths)
@@ -221,9 +229,14 @@ def make_step(name: str, run: config.Run, mesh: jax.sharding.Mesh) -> Lowered:
         nll = (jax.ShapeDtypeStruct((), jnp.float32),) if run.loss.nll_auto else ()
         # The weights that training started from stay: they are the reference of evaluations.
         return Lowered(
-            name, lambda: program.lower(start, policy.frozen, rows, *nll), pairs, tokens,
-            3 * flops, weights, trips,
-        )  # fmt: skip
+            name,
+            lambda: program.lower(start, policy.frozen, rows, *nll),
+            pairs,
+            tokens,
+            3 * flops,
+            weights,
+            trips,
+        )
     # In a training, the optimizer's state and the first weights lie beside a forward pass.
     beside = device_bytes(state.abstract_state(run, policy.params, mesh))
     params, frozen = policy.params, policy.frozen
@@ -239,9 +252,14 @@ def make_step(name: str, run: config.Run, mesh: jax.sharding.Mesh) -> Lowered:
         policy, mesh, logit_norm="logit_norm" in run.selection.stability, light=light, dtype=dtype
     )
     return Lowered(
-        name, lambda: program.lower(params, frozen, rows), pairs, tokens, flops, beside,
+        name,
+        lambda: program.lower(params, frozen, rows),
+        pairs,
+        tokens,
+        flops,
+        beside,
         trips,
-    )  # fmt: skip
+    )
 
 
 def _sample_step(run: config.Run, policy: setup.Policy, mesh: jax.sharding.Mesh) -> Lowered:
@@ -396,7 +414,7 @@ def run_mode(
         if name not in STEPS:
             raise ValueError(f"--steps={steps}: {name!r} is none of {', '.join(STEPS)}.")
     machine = target(topology)
-    mesh = meshes.make_mesh(**dataclasses.asdict(run.mesh), devices=machine.devices)
+    mesh = make_mesh(run, machine)
     reports = []
     for name in names:
         found = compile_step(make_step(name, run, mesh), machine)

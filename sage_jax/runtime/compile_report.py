@@ -165,7 +165,7 @@ def read(
         found[0] += one.count
         found[1] += one.total_bytes
         found[2] += collective_seconds(one, machine)
-    collectives = tuple(
+    collectives: tuple[dict[str, Any], ...] = tuple(
         {"kind": kind, "count": found[0], "bytes": found[1], "seconds": found[2]}
         for kind, found in sorted(by_kind.items(), key=lambda item: -item[1][1])
     )
@@ -251,11 +251,14 @@ def changes(report: StepReport, run: config.Run, mesh: jax.sharding.Mesh) -> tup
             f"config.train.accumulate={2 * run.train.accumulate}: parts one after the other"
         )
     fixed = report.argument_bytes + report.beside_bytes
-    if shape["fsdp"] < devices and (fixed > report.usable_bytes / 4 or not fixed):
+    heavy = fixed > report.usable_bytes / 4 or not fixed
+    if shape["fsdp"] < devices and heavy:
         found.append(
             f"config.mesh.fsdp={devices // shape['tensor']} and config.mesh.data=1: weights and "
             f"moments over more devices"
         )
+    if report.name == "train" and run.optim.moments_dtype == "float32" and heavy:
+        found.append("config.optim.moments_dtype=bfloat16, half of Adam's moments")
     if "context" in shape and report.name != "sample":
         found.append(
             f"config.mesh.context={2 * shape['context']} (fsdp or data divided by 2): rows cut "

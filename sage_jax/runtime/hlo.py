@@ -281,10 +281,10 @@ def _fusion_traffic(at: Computation, one: Instruction, inner: Computation, writt
     read = 0.0
     for number, operand in enumerate(one.operands):
         size = _size(at, operand)
-        name = parameters.get(number)
-        if not size or name is None:
+        parameter = parameters.get(number)
+        if not size or parameter is None:
             continue
-        users = list(_through(inner, name))
+        users = list(_through(inner, parameter))
         if users and all(u.opcode in ("dynamic-slice", "slice", "gather") for u, _ in users):
             size = min(size, sum(s.bytes for u, _ in users for s in u.shapes))
         elif users and all(
@@ -369,12 +369,12 @@ def _attention_cost(at: Computation, one: Instruction) -> tuple[float, float] | 
     """
     if "splash_m" not in one.name and "splash_m" not in one.source:
         return None
-    arrays = [at.instructions[n].shapes[0] for n in one.operands if n in at.instructions]
-    arrays = [a.dims for a in arrays if len(a.dims) in (3, 4) and a.dtype in ("bf16", "f32")]
-    if len(arrays) < 2:
+    given = [at.instructions[n].shapes[0] for n in one.operands if n in at.instructions]
+    dims = [a.dims for a in given if len(a.dims) in (3, 4) and a.dtype in ("bf16", "f32")]
+    if len(dims) < 2:
         return None
-    *heads, queries, width = arrays[0]  # rows and heads, or one row's heads
-    pairs = math.prod(heads) * queries * (arrays[1][-2] - queries / 2)
+    *heads, queries, width = dims[0]  # rows and heads, or one row's heads
+    pairs = math.prod(heads) * queries * (dims[1][-2] - queries / 2)
     which = f"{one.name} {one.source}"
     products = 4 if "dkv" in which else 3 if "_dq" in which else 2
     return 2.0 * width * pairs * products, 0.0
@@ -426,8 +426,8 @@ def _named_group(sizes: dict[str, int], axes: list[tuple[str, str, str]]) -> tup
     for name, size in reversed(sizes.items()):
         strides[name], stride = stride, stride * size
     members = [0]
-    for name, before, size in axes:
-        count = int(size) if size else sizes[name]
+    for name, before, part in axes:
+        count = int(part) if part else sizes[name]
         step = strides[name] * (sizes[name] // (int(before or 1) * count))
         members = [m + i * step for m in members for i in range(count)]
     return tuple(members)

@@ -18,6 +18,7 @@ import re
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
@@ -67,10 +68,22 @@ class _Cluster:
     def _end(self, said: dict[str, Any], also: str = "") -> NoReturn:
         where = f"process {said['process']}" + (f" on {said['host']}" if said["host"] else "")
         print(f"sage-jax: {where} failed: {said['text']}{also}", file=sys.stderr, flush=True)
+        self._leave(1, said["process"])
+
+    def _leave(self, code: int, failed: int) -> NoReturn:
+        """Ends this process when the others know: the first keeps what they read it from."""
         try:
-            self.client.key_value_set(f"{_SEEN}/{self.index}", "1")
-        finally:
-            os._exit(1)
+            if failed != self.index:
+                self.client.key_value_set(f"{_SEEN}/{self.index}", "1")
+            if self.index in (0, failed):
+                for other in set(range(self.count)) - {self.index, failed}:
+                    self.client.blocking_key_value_get(f"{_SEEN}/{other}", 5000)
+        except Exception:  # one that is gone says nothing
+            pass
+        if self.index == 0 and failed != 0:
+            time.sleep(2)  # else the one that failed is ended by the loss of the first
+        sys.stdout.flush()
+        os._exit(code)
 
     def fail(self, text: str, code: int) -> NoReturn:
         """Says what failed, here and to the others, and ends this process."""
@@ -84,18 +97,11 @@ class _Cluster:
                 said = mine
             if said["process"] != self.index:
                 if _last_line(said["text"]) == _last_line(text):  # a mistake that all of them see
-                    self.client.key_value_set(f"{_SEEN}/{self.index}", "1")
-                    os._exit(code)
+                    self._leave(code, said["process"])
                 self._end(said, f"\n(then, in process {self.index}: {_last_line(text)})")
         who = f" in process {self.index}" if self.index else ""
         print(f"sage-jax{who}: {text}", file=sys.stderr, flush=True)
-        try:  # the first process keeps the store: it stays until the others have read
-            for other in set(range(self.count)) - {self.index}:
-                self.client.blocking_key_value_get(f"{_SEEN}/{other}", 5000)
-        except Exception:
-            pass
-        sys.stdout.flush()
-        os._exit(code)
+        self._leave(code, self.index)
 
     def finish(self) -> None:
         """Waits for all; a failure of one of them still ends the others meanwhile."""

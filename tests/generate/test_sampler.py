@@ -196,7 +196,7 @@ def test_batches_hold_every_prompt_once_in_few_shapes():
 
 
 def test_repeated_calls_of_one_shape_compile_once(model, params, tokenizer):
-    run = sampler._compiled(model, 12, (2,), 1.0, 1.0, None)
+    run = sampler.compiled(model, 12, (2,), 1.0, 1.0, None)
     sizes = []
     for seed in range(2):
         _generate(model, params, tokenizer, PROMPTS[:4], seed=seed, temperature=1.0)

@@ -80,6 +80,7 @@ def of_one_device():
     return train("dense")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kernel", "sizes"),
     [
@@ -104,6 +105,7 @@ def test_any_split_trains_as_one_device_does(kernel, sizes):
         )
 
 
+@pytest.mark.slow
 def test_gradients_of_a_cut_row_are_those_of_a_whole_one():
     def gradient(kernel, **sizes):
         count = int(np.prod(list(sizes.values())))

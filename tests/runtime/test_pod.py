@@ -232,6 +232,7 @@ def test_a_stop_or_a_failure_of_one_process_is_that_of_both(tmp_path, own_cache,
         assert "the rule of this host is broken" in second
 
 
+@pytest.mark.slow
 def test_processes_with_other_commands_are_refused_everywhere(tmp_path, own_cache):
     port, processes = free_port(), []
     for i in range(2):

@@ -1,0 +1,159 @@
+"""`sage-jax compile` from the command line on, on virtual devices; architectures by name."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import pytest
+
+from sage_jax import __main__ as launcher
+from sage_jax import config
+from sage_jax.models import catalog, decoder, sources
+from sage_jax.models import spec as specs
+from sage_jax.runtime import compile as compiler
+from sage_jax.runtime import compile_report, hlo
+
+TINY = specs.ModelSpec(vocab=64, d_model=32, d_ff=64, layers=2, heads=4, kv_heads=2)
+CONFIG = """
+from sage_jax import config
+def get_config():
+    c = config.default()
+    c.model.path = "spec:tiny"
+    c.data.max_length, c.train.batch_pairs = 32, 16
+    c.mesh.data, c.mesh.fsdp = 2, 4
+    c.eval.batch, c.eval.max_new_tokens = 8, 8
+    return c
+"""
+
+
+@pytest.fixture
+def config_file(tmp_path, monkeypatch):
+    monkeypatch.setitem(catalog.SPECS, "tiny", TINY)
+    file = tmp_path / "tiny.py"
+    file.write_text(CONFIG)
+    return file
+
+
+@pytest.mark.slow
+def test_json_says_what_each_step_takes(config_file, capsys):
+    code = launcher.main(
+        ["compile", f"--config={config_file}", "--topology=cpu:8", "--json", "--search=false"]
+    )
+    found = json.loads(capsys.readouterr().out)
+    assert code == 0 and found["fits"] and found["devices"] == 8
+    assert set(found["steps"]) == {"train", "score", "sample"}
+    train, score = found["steps"]["train"], found["steps"]["score"]
+    weights = sum(math.prod(leaf.shape) for leaf in leaves())
+    # weights and two moments of float32, split over fsdp = 4, and the rows
+    assert train["argument_bytes"] == pytest.approx(3 * 4 * weights / 4, rel=0.25)
+    assert train["alias_bytes"] > 0.9 * 3 * 4 * weights / 4  # the state is donated
+    assert train["flops"] > 2.5 * score["flops"] > 0
+    model = decoder.Model(TINY)
+    tokens, pairs = 16 * 2 * 32, 16 * 2 * 32 * 33 / 2
+    assert train["model_flops"] == 3 * model.forward_flops(tokens, pairs)
+    assert {"all-gather", "all-reduce"} <= {c["kind"] for c in train["collectives"]}
+
+
+def leaves():
+    return jax.tree.leaves(jax.eval_shape(decoder.Model(TINY).init, jax.random.key(0)))
+
+
+def test_what_does_not_fit_ends_with_3_and_says_what_to_change(config_file, capsys, monkeypatch):
+    small = property(lambda self: 150e3)  # bytes
+    monkeypatch.setattr(compiler.Target, "usable_bytes", small)
+    command = ["compile", f"--config={config_file}", "--topology=cpu:8", "--steps=train"]
+    assert launcher.main([*command, "--search=false"]) == 3
+    said = capsys.readouterr().out
+    for change in ("config.model.remat=full", "config.model.dtype=bfloat16", "config.mesh.fsdp=8",
+                   "config.train.batch_pairs=8", "config.mesh.context=2",
+                   "config.optim.moments_dtype=bfloat16"):  # fmt: skip
+        assert change in said
+
+
+def test_the_largest_batch_fits_and_one_step_more_does_not(config_file, monkeypatch):
+    run = config.resolve(launcher.parse(["compile", f"--config={config_file}"])[1])
+    machine = compiler.target("cpu:8")
+    mesh = compiler.make_mesh(run, machine)
+    sizes = {}
+
+    def fake(lowered, machine):  # bytes that grow with the pairs, and 30 of other things
+        sizes[lowered.pairs] = 30.0 + 2.5 * lowered.pairs
+        return report(sizes[lowered.pairs], machine)
+
+    monkeypatch.setattr(compiler, "compile_step", fake)
+    monkeypatch.setattr(compiler.Target, "usable_bytes", property(lambda self: 1000.0))
+    known = fake(compiler.make_step("train", run, mesh), machine)
+    most, tried = compiler.largest("train", run, mesh, machine, known)
+    limit = 1000 * (1 - compiler.MARGIN)
+    assert most % 8 == 0 and 30 + 2.5 * most <= limit < 30 + 2.5 * (most + 8)
+    assert tried <= 3
+
+
+def report(used: float, machine: compiler.Target) -> compile_report.StepReport:
+    one = compiler.Lowered("train", lambda: None, 1, 1, 1.0, 0.0, lambda _: 1.0)
+    return dataclasses.replace(
+        compile_report.too_large(one, machine, used, 0.0, compiler.MARGIN),
+        usable_bytes=machine.usable_bytes,
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--topology=v5e"], "is not a topology"),
+        (["--topology=h100:8"], "is not a topology"),
+        (["--topology=cpu:8", "--steps=train,fly"], "'fly' is none of"),
+        (["--topology=cpu:8", "--search=perhaps"], "not a bool"),
+        ([], "--topology is missing"),
+        (["--topology=cpu:8", "--workdir=runs/x"], "writes nothing"),
+        (["--topology=cpu:6"], "number of devices"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_named(config_file, capsys, words, said):
+    assert launcher.main(["compile", f"--config={config_file}", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_only_compile_takes_its_flags(config_file, capsys):
+    assert launcher.main(["train", f"--config={config_file}", "--topology=cpu:8"]) == 2
+    assert "not a flag" in capsys.readouterr().err
+
+
+def test_a_name_has_shapes_and_no_weights():
+    with pytest.raises(ValueError, match="has no weights"):
+        sources.resolve("spec:llama3_8b")
+    with pytest.raises(ValueError, match="mean spec:llama3_8b"):
+        catalog.named("spec:llama_8b")
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [  # as the publishers count them
+        ("smollm2_135m", 134_515_008),
+        ("qwen2p5_1p5b", 1_543_714_304),
+        ("qwen2p5_7b", 7_615_616_512),
+        ("llama3_8b", 8_030_261_248),
+        ("llama3p1_8b", 8_030_261_248),
+        ("llama3_70b", 70_553_706_496),
+    ],
+)
+def test_named_architectures_have_the_published_number_of_parameters(name, parameters):
+    model = decoder.Model(catalog.SPECS[name])
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == parameters
+
+
+def test_collectives_take_the_time_of_their_links():
+    devices = [(i, j) for i in range(16) for j in range(16)]
+    machine = compiler.Target(
+        "v5e:16x16", devices, compiler.chips.TPUS["v5e"], tuple(devices), (16, 16)
+    )
+    gather = hlo.Collective(
+        "all-gather", (hlo.Shape("bf16", (1,)),), tuple(range(0, 256, 16)), 16, 3.0, 1e9, ""
+    )
+    # three times 15/16 of a GB, over the two directions of one ring of 50 GB/s links
+    assert compile_report.collective_seconds(gather, machine) == pytest.approx(3 * 15 / 16 / 100)
+    permute = dataclasses.replace(gather, kind="collective-permute", group=(0, 1), groups=2)
+    assert compile_report.collective_seconds(permute, machine) == pytest.approx(3 / 50)

@@ -25,6 +25,7 @@ CONFIGS = (
 )
 WEAK = {8: "v5e:2x4", 16: "v5e:4x4", 64: "v5e:8x8", 256: "v5e:16x16"}  # chips: topology
 PAIRS_A_CHIP = 4
+STEPS = ("train", "score", "sample")
 
 
 def compiled(config: str, topology: str, steps: str, *flags: str, search: bool = False) -> dict:
@@ -143,6 +144,7 @@ def tables(found: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--search", action="store_true", help="also the largest train batch")
+    parser.add_argument("--steps", default=",".join(STEPS), help="of the configs, by comma")
     parser.add_argument("--tables", action="store_true", help="print what is there already")
     parser.add_argument("--only", default="", help="names of configs, or weak, by comma")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
@@ -154,7 +156,12 @@ def main() -> None:
     chosen = options.only.split(",") if options.only else [*(n for n, _ in CONFIGS), "weak"]
     for name, topology in CONFIGS:
         if name in chosen:
-            found.setdefault("configs", {})[name] = compiled(name, topology, "train,score,sample")
+            one = compiled(name, topology, options.steps)
+            known = found.setdefault("configs", {}).get(name, {}).get("steps", {})
+            one["steps"] = {
+                s: (known | one["steps"])[s] for s in STEPS if s in known | one["steps"]
+            }
+            found["configs"][name] = one
             if options.search:
                 most = compiled(name, topology, "train", search=True)["steps"]["train"]
                 found["configs"][name]["largest_train_batch"] = most["largest_batch"]

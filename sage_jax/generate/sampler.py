@@ -119,12 +119,15 @@ def make_sampler(
             f"max_new_tokens={max_new_tokens} leaves nothing to sample; use at least 1."
         )
     choose = make_chooser(temperature, top_p)
+    together = getattr(model, "together", None)  # a user's own model need not have it
     end_E = np.atleast_1d(np.asarray(eos_id, np.int32))
 
     def sample(
         params: Params, tokens_BT: jax.Array, valid_BT: jax.Array, key_B: jax.Array
     ) -> Sampled:
         count, length = tokens_BT.shape
+        if together is not None:
+            params = together(params)
         head_DV = model.head(params)
 
         def next_token(hidden_BD: jax.Array, t: jax.Array | int, done_B: jax.Array) -> jax.Array:

@@ -127,6 +127,8 @@ class Model:
       kernel: how attention is computed, and over which devices; experts run over the same.
       gather: applied to the embedding, in the compute dtype, before tokens are looked up; under a
         mesh, a function that says where it lies. None: nothing.
+      together: applied to the parameters by a sampler, once, before its loop over tokens. None:
+        nothing.
 
     >>> spec = spec_lib.ModelSpec(vocab=32, d_model=16, d_ff=32, layers=2, heads=2)
     >>> model = Model(spec)
@@ -141,6 +143,7 @@ class Model:
     constrain: Callable[[jax.Array], jax.Array] | None = None
     kernel: attention.Kernel = attention.AUTO
     gather: Callable[[jax.Array], jax.Array] | None = None
+    together: Callable[[Params], Params] | None = None
 
     def __post_init__(self) -> None:
         for name, value, allowed in (("dtype", self.dtype, DTYPES), ("remat", self.remat, REMAT)):

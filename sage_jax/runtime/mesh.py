@@ -207,6 +207,24 @@ def table(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
     return gather
 
 
+def together(mesh: Mesh, dtype: Any) -> Callable[[Any], Any]:
+    """Brings the weights together over all axes but `tensor`, in the dtype of the matmuls.
+
+    For sampling, which reads all of them for every token: split, they would cross the network as
+    often. The scales of norms keep their dtype, as the model reads them.
+    """
+
+    def gather(params: Any) -> Any:
+        def one(path: tuple[Any, ...], leaf: jax.Array, where: NamedSharding) -> jax.Array:
+            spec = P(*("tensor" if axes == "tensor" else None for axes in where.spec))
+            leaf = leaf if "norm" in leaf_name(path) else leaf.astype(dtype)
+            return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
+
+        return jax.tree_util.tree_map_with_path(one, params, shardings(params, mesh))
+
+    return gather
+
+
 def spread(mesh: Mesh) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Runs a function of [R, T, ...] arrays on each device's own tokens, with the head whole.
 

@@ -8,6 +8,7 @@ import hashlib
 import importlib.resources
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -89,17 +90,35 @@ class Policy:
         )
 
 
+def _together(
+    run: config.Run, model: decoder.Model, mesh: jax.sharding.Mesh
+) -> Callable[[Any], Any] | None:
+    """How sampling brings the weights together; None where they take more than a quarter of it."""
+    if mesh.size == mesh.shape["data"] * mesh.shape["tensor"]:
+        return None  # they are together
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    dtype = decoder.DTYPES[run.model.dtype]
+    size = sum(x.size for x in jax.tree.leaves(shapes)) * jnp.dtype(dtype).itemsize
+    room = memory_limit(mesh.devices.flat[0]) or 2**30  # a CPU's devices share the host's memory
+    fits = size / mesh.shape["tensor"] <= room / 4
+    return meshes.together(mesh, dtype) if fits else None
+
+
+def memory_limit(device: jax.Device) -> int:
+    """Bytes of a device's memory; 0 where it does not say, as on CPUs."""
+    try:
+        return (device.memory_stats() or {}).get("bytes_limit", 0)
+    except (RuntimeError, NotImplementedError, jax.errors.JaxRuntimeError):
+        return int(chips.usable_bytes(device.device_kind))  # of a topology that is not there
+
+
 def head_memory(mesh: jax.sharding.Mesh | None) -> head.Memory:
     """What the head may take on a device: a larger part of a larger memory.
 
     Chunks of 64 MiB of logits are plenty for a CPU; an accelerator with tens of GB multiplies
     larger matrices faster, and has room for the softmax of a step.
     """
-    device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
-    try:
-        limit = (device.memory_stats() or {}).get("bytes_limit", 0)
-    except (RuntimeError, NotImplementedError, jax.errors.JaxRuntimeError):
-        limit = int(chips.usable_bytes(device.device_kind))  # of a topology that is not there
+    limit = memory_limit(jax.local_devices()[0] if mesh is None else mesh.devices.flat[0])
     least = head.Memory()
     return head.Memory(max(least.chunk, limit // 80), max(least.kept, limit // 10))
 
@@ -218,6 +237,7 @@ def on_mesh(run: config.Run, model: decoder.Model, mesh: jax.sharding.Mesh) -> d
         remat=run.model.remat,
         constrain=meshes.residual(mesh),
         gather=meshes.table(mesh),
+        together=_together(run, model, mesh),
         kernel=attention.Kernel(
             run.model.attention, mesh, meshes.ROWS, ("tensor",), (meshes.CONTEXT,)
         ),

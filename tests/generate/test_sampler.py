@@ -210,7 +210,9 @@ def test_eight_devices_answer_as_one_does(model, params, tokenizer, sizes):
     mesh = meshes.make_mesh(**sizes)
     rows = meshes.batch_sharding(mesh)
     spread = jax.device_put(params, meshes.shardings(params, mesh))
-    on_mesh = dataclasses.replace(model, constrain=meshes.residual(mesh))
+    on_mesh = dataclasses.replace(
+        model, constrain=meshes.residual(mesh), together=meshes.together(mesh, jnp.float32)
+    )
     for settings in ({}, {"temperature": 1.0, "samples": 2, "batch": 8}):
         expected = _generate(model, params, tokenizer, **settings)
         found = _generate(on_mesh, spread, tokenizer, rows=rows, **settings)

@@ -159,7 +159,8 @@ def test_the_stages_lead_from_problems_to_a_report(tmp_path, modules):
     for method in ("sage", "uniform"):
         curve = found["curves"][method]["0"]
         assert [p["step"] for p in curve] == [0, 4, 8, 12]
-        assert [p["pairs"] for p in curve] == [0, 32, 64, 96]
+        # A step of eight pairs that are too long together closes a pair early.
+        assert all(0 <= 8 * p["step"] - p["pairs"] <= 2 for p in curve)
         for p in curve:  # as many problems of each task
             assert np.mean(list(p["tasks"].values())) == pytest.approx(p["accuracy"])
             assert set(p["levels"]) == set(p["tasks"]) == {"arithmetic", "equations"}

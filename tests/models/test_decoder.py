@@ -389,7 +389,8 @@ def test_experts_on_eight_devices_equal_those_on_one():
     found = loss(spread)(placed, jax.device_put(row, meshes.batch_sharding(mesh)))
     expected = loss(model)(params, row)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4)
+        # Of the whole array: a gradient's small entries are differences of large sums.
+        assert np.linalg.norm(np.asarray(a) - b) <= 1e-5 * np.linalg.norm(b)
 
 
 @pytest.mark.parametrize("change", [{"dtype": "float16"}, {"remat": "some"}])

@@ -244,6 +244,8 @@ class Program:
         written = sum(_main(shape) for shape in results)
         if one.opcode in ("dynamic-slice", "slice", "gather"):
             return 2 * written
+        if one.opcode in ("slice-start", "dynamic-slice-start"):  # ((operands), result, ...)
+            return 2 * one.shapes[1].bytes if len(one.shapes) > 1 else written
         if one.opcode.endswith("-start"):
             return written  # the result holds the operand as well
         if one.opcode in ("dynamic-update-slice", "scatter"):
@@ -254,7 +256,42 @@ class Program:
         inner = self.computations.get(one.attribute(r"calls=%?([\w.\-]+)") or "")
         if inner is None:
             return written + sum(_size(at, name) for name in one.operands)
-        return _fusion_traffic(at, one, inner, written)
+        return self._fusion_traffic(at, one, inner, written)
+
+    def _fusion_traffic(
+        self, at: Computation, one: Instruction, inner: Computation, written: float
+    ) -> float:
+        """A fusion reads what its slices take, and writes in place what it updates."""
+        updates = [i for i in inner.instructions.values() if i.opcode == "dynamic-update-slice"]
+        for update in updates:  # the result is the updated array, of which only a part is written
+            whole = sum(s.bytes for s in update.shapes)
+            part = sum(s.bytes for s in inner.instructions[update.operands[1]].shapes)
+            written += part - whole if written >= whole else 0.0
+        return written + sum(
+            self._read(inner, number, _size(at, operand))
+            for number, operand in enumerate(one.operands)
+        )
+
+    def _read(self, inner: Computation, number: int, size: float) -> float:
+        """Bytes that a fused computation reads of a parameter of some size."""
+        name = _parameter(inner, number)
+        if not size or name is None:
+            return size
+        total = 0.0
+        for user, via in _through(inner, name):
+            if user.opcode in ("dynamic-slice", "slice", "gather"):
+                total += sum(s.bytes for s in user.shapes)
+            elif user.opcode == "dynamic-update-slice" and user.operands[0] == via:
+                continue
+            elif user.opcode == "fusion":
+                called = self.computations.get(user.attribute(r"calls=%?([\w.\-]+)") or "")
+                if called is None:
+                    return size
+                places = [n for n, operand in enumerate(user.operands) if operand == via]
+                total += sum(self._read(called, n, size) for n in places)
+            else:
+                return size
+        return min(size, total)
 
 
 def _main(shape: Shape) -> float:
@@ -266,33 +303,12 @@ def _size(at: Computation, name: str) -> float:
     return sum(_main(shape) for shape in found.shapes) if found else 0.0
 
 
-def _fusion_traffic(at: Computation, one: Instruction, inner: Computation, written: float) -> float:
-    """A fusion reads of each operand what its slices take, and writes in place what it updates."""
-    parameters = {}
+def _parameter(inner: Computation, number: int) -> str | None:
+    """The name of a computation's parameter."""
     for inside in inner.instructions.values():
-        if inside.opcode == "parameter":
-            parameters[int(re.sub(r"\D", "", inside.operands[0] or "0"))] = inside.name
-    updates = [i for i in inner.instructions.values() if i.opcode == "dynamic-update-slice"]
-    whole = {u.name: sum(s.bytes for s in u.shapes) for u in updates}
-    part = {u.name: sum(s.bytes for s in inner.instructions[u.operands[1]].shapes) for u in updates}
-    for name in whole:  # the result is the updated array, of which only a part is written
-        if written >= whole[name]:
-            written += part[name] - whole[name]
-    read = 0.0
-    for number, operand in enumerate(one.operands):
-        size = _size(at, operand)
-        parameter = parameters.get(number)
-        if not size or parameter is None:
-            continue
-        users = list(_through(inner, parameter))
-        if users and all(u.opcode in ("dynamic-slice", "slice", "gather") for u, _ in users):
-            size = min(size, sum(s.bytes for u, _ in users for s in u.shapes))
-        elif users and all(
-            u.opcode == "dynamic-update-slice" and u.operands[0] == via for u, via in users
-        ):
-            size = 0.0
-        read += size
-    return read + written
+        if inside.opcode == "parameter" and inside.operands[0] == str(number):
+            return inside.name
+    return None
 
 
 def _through(inner: Computation, name: str) -> Iterator[tuple[Instruction, str]]:

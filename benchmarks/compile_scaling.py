@@ -76,7 +76,7 @@ def plot(found: dict, file: pathlib.Path) -> None:
         axis.set_ylabel("seconds a step, at least")
         axis.set_title(f"{step}: {PAIRS_A_CHIP} pairs of 2 x 2048 tokens a chip")
         axis.grid(alpha=0.3)
-    axes[1].legend(loc="center right")
+    axes[1].legend(loc="upper right")
     figure.savefig(file, dpi=120)
 
 

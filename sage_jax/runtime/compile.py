@@ -235,7 +235,8 @@ def make_step(
     shape = row_shape(run, mesh, pairs, share)
     rows = rows_of(shape, mesh, share)
     count = min(run.train.batch_pairs, shape.rows * shape.slots)
-    flops = count * float(counters.pair_flops(policy.model, pairs, shared=share).mean())
+    flops_N = counters.pair_flops(policy.model, pairs, shared=share)  # type: ignore[arg-type]
+    flops = count * float(flops_N.mean())
     tokens = count * float(pairs.row_lengths(share).mean())
     answers = count * float((pairs.lengths_N2 - pairs.start_N2).sum(axis=1).mean())
     trips = _trips(policy, shape, mesh, answers)
@@ -338,9 +339,8 @@ def device_bytes(tree: Any) -> float:
 def compile_step(lowered: Lowered, machine: Target) -> compile_report.StepReport:
     """Compiles a step and reads what came out."""
     start = time.perf_counter()
-    program = lowered.lower()
     try:
-        compiled = program.compile()
+        compiled = lowered.lower().compile()
     except Exception as e:
         used = out_of_memory(str(e))
         if used is None:
@@ -349,7 +349,9 @@ def compile_step(lowered: Lowered, machine: Target) -> compile_report.StepReport
     seconds = time.perf_counter() - start
     totals, note = None, ""
     try:
-        totals = hlo.Program(compiled.as_text(), unknown_trips=lowered.trips).totals()
+        text = compiled.as_text()
+        program = hlo.Program(text, unknown_trips=lowered.trips, both_ways=lowered.shared)
+        totals = program.totals()
     except jax.errors.JaxRuntimeError as e:  # written by a libtpu that is newer than jaxlib
         said = str(e).splitlines()[0]
         note = (

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import pathlib
+import runpy
 
 import jax
 import numpy as np
@@ -172,6 +174,16 @@ def test_mistakes_are_named(config_file, capsys, words, said):
 def test_only_compile_takes_its_flags(config_file, capsys):
     assert launcher.main(["train", f"--config={config_file}", "--topology=cpu:8"]) == 2
     assert "not a flag" in capsys.readouterr().err
+
+
+def test_the_document_has_the_tables_of_the_benchmark():
+    root = pathlib.Path(__file__).parents[2]
+    name = root / "benchmarks" / "compile_scaling.py"
+    benchmark = runpy.run_path(str(name))
+    found = json.loads(benchmark["RESULTS"].read_text())
+    lines = [line for _, lines in benchmark["tables"](found) for line in lines]
+    document = (root / "docs" / "scaling.md").read_text().splitlines()
+    assert [line for line in document if line.startswith("|")] == lines
 
 
 def test_a_name_has_shapes_and_no_weights():

@@ -20,10 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sage_jax import batch, config, logprobs
+from sage_jax import config, logprobs
 from sage_jax.data import steps as row_shapes
 from sage_jax.models import attention, catalog, decoder, hf, hf_config, lora, sources, spec
 from sage_jax.runtime import (
+    ahead,
     chips,
     compile_report,
     counters,
@@ -185,17 +186,6 @@ def placed(shapes: Any, shardings: Any) -> Any:
     )
 
 
-def rows_of(shape: row_shapes.Shape, mesh: jax.sharding.Mesh, share: bool) -> batch.PackedBatch:
-    """Shapes of a batch, whose pairs share their prompts or not."""
-    one = batch.empty(1, shape.row_length, shape.slots)
-    if share:
-        one = one._replace(shared=batch.Shared(one.tokens_RT, one.tokens_RT, one.tokens_RT))
-    where = meshes.batch_sharding(mesh)
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((shape.rows, *x.shape[1:]), x.dtype, sharding=where), one
-    )
-
-
 def row_shape(
     run: config.Run, mesh: jax.sharding.Mesh, pairs: planned.Pairs, share: bool
 ) -> row_shapes.Shape:
@@ -233,7 +223,7 @@ def make_step(
     pairs = planned.pairs(run.data.max_length) if pairs is None else pairs
     share = planned.shares(run, policy.model, pairs)
     shape = row_shape(run, mesh, pairs, share)
-    rows = rows_of(shape, mesh, share)
+    rows = ahead.rows_of(shape, shape.row_length, mesh)
     count = min(run.train.batch_pairs, shape.rows * shape.slots)
     flops_N = counters.pair_flops(policy.model, pairs, shared=share)  # type: ignore[arg-type]
     flops = count * float(flops_N.mean())

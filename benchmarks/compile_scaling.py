@@ -2,19 +2,23 @@
 
     python benchmarks/compile_scaling.py
 
-Compiles the steps of the three pod configs, and of one model with the same work a chip on 8, 16, 64
-and 256 chips. Needs libtpu and no TPU (pip install 'sage_jax[tpu]'); about ten minutes on two
-quiet cores. Every figure is the compiler's or follows from data sheets: nothing is measured.
+Compiles the steps of the three pod configs; their train steps again for shorter pairs, padded,
+packed and with shared prompts; one model with the same work a chip on 8, 16, 64 and 256 chips; and
+sums over all chips of a slice. Needs libtpu and no TPU (pip install 'sage_jax[tpu]'); about half an
+hour on two quiet cores. Every figure is the compiler's or follows from data sheets: nothing is
+measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import pathlib
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable
 
 HERE = pathlib.Path(__file__).parent
 RESULTS = HERE / "results" / "compile_scaling.json"
@@ -26,6 +30,20 @@ CONFIGS = (
 WEAK = {8: "v5e:2x4", 16: "v5e:4x4", 64: "v5e:8x8", 256: "v5e:16x16"}  # chips: topology
 PAIRS_A_CHIP = 4
 STEPS = ("train", "score", "sample")
+# Pairs as long on average as a quarter of what the config admits, 40 % of it the prompt; four times
+# the config's batch, so that packed rows fill. Padded, they are four parts one after the other.
+LENGTHS = {  # config: (pairs in a step, mean tokens of a sequence)
+    "qwen2_1p5b_v5e8": (128, 512),
+    "llama3_8b_v5e256": (1024, 1024),
+    "llama3_8b_v5p64": (64, 8192),
+}
+PROMPT_SHARE = 0.4
+ROWS = {
+    "padded": ("data.packing=false", "data.share_prompts=off", "train.accumulate=4"),
+    "packed": ("data.share_prompts=off",),
+    "shared": ("data.share_prompts=on",),
+}
+SLICES = (("v5e:16x16", 256, 256), ("v5e:16x16", 256, 16), ("v5p:4x4x4", 64, 64))
 
 
 def compiled(config: str, topology: str, steps: str, *flags: str, search: bool = False) -> dict:
@@ -42,6 +60,54 @@ def compiled(config: str, topology: str, steps: str, *flags: str, search: bool =
     print(f"{config} on {topology}: {time.perf_counter() - start:.0f} s", flush=True)
     found = json.loads(done.stdout)
     found["config"] = {k: found["config"][k] for k in ("model", "data", "train", "mesh")}
+    return found
+
+
+def in_rows(config: str, topology: str, kind: str) -> dict:
+    """The train step of a config for pairs of stated lengths, in rows of a kind."""
+    pairs, mean = LENGTHS[config]
+    return compiled(
+        config, topology, "train", f"--length_mean={mean}", f"--prompt_share={PROMPT_SHARE}",
+        f"--config.train.batch_pairs={pairs}", *(f"--config.{setting}" for setting in ROWS[kind]),
+    )  # fmt: skip
+
+
+def sums() -> list[dict]:
+    """What the compiler makes of an explicit reduce-scatter and all-gather of one weight."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from sage_jax.runtime import compile as compiler
+    from sage_jax.runtime import hlo
+    from sage_jax.runtime import mesh as meshes
+
+    found = []
+    for topology, chips, over in SLICES:
+        mesh = meshes.make_mesh(
+            data=chips // over, fsdp=over, devices=compiler.target(topology).devices
+        )
+        rows, weight = PartitionSpec(meshes.ROWS), PartitionSpec("fsdp")
+
+        def given(shape, where, mesh=mesh):
+            return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, where))
+
+        def scattered(x, y):
+            return jax.lax.psum_scatter(x.T @ y, "fsdp", scatter_dimension=0, tiled=True)
+
+        def gathered(x, w):
+            return x @ jax.lax.all_gather(w, "fsdp", axis=0, tiled=True)
+
+        x, y = given((chips * 256, 4096), rows), given((chips * 256, 8192), rows)
+        for name, fn, args, out in (
+            ("psum_scatter", scattered, (x, y), weight),
+            ("all_gather", gathered, (x, given((4096, 8192), weight)), rows),
+        ):
+            specs = tuple(a.sharding.spec for a in args)
+            program = jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)
+            text = jax.jit(program).lower(*args).compile().as_text()
+            kinds = sorted({one.kind for one in hlo.Program(text).totals().collectives})
+            found.append({"topology": topology, "chips": over, "asked": name, "compiled": kinds})
     return found
 
 
@@ -80,65 +146,146 @@ def plot(found: dict, file: pathlib.Path) -> None:
     figure.savefig(file, dpi=120)
 
 
-def tables(found: dict) -> str:
-    """The figures of docs/scaling.md."""
-    gib = 2**30
-    lines = []
+GIB = 2**30
+
+
+def table(corner: str, heads: Iterable[str], rows: Iterable[tuple[str, Iterable[str]]]) -> list:
+    """Lines of a Markdown table."""
+    heads = list(heads)
+    lines = [f"| {corner} | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
+    return lines + [f"| {label} | " + " | ".join(cells) + " |" for label, cells in rows]
+
+
+def span(low: float, high: float, text: str = ",.0f") -> str:
+    return f"{low:{text}} - {high:{text}}"
+
+
+def mfu(step: dict) -> str:
+    if not step["mfu"]:
+        return "-"
+    worst = step["mfu"] * step["seconds"]["overlapped"] / step["seconds"]["serial"]
+    return f"{100 * worst:.2g} - {100 * step['mfu']:.2g} %"
+
+
+def config_table(one: dict) -> list[str]:
+    """A config's steps, each with a column of its own."""
+    steps = one["steps"].values()
+
+    def row(label: str, text: Callable[[dict], str]) -> tuple[str, list[str]]:
+        return label, [text(step) for step in steps]
+
+    def size(name: str) -> Callable[[dict], str]:
+        return lambda s: f"{s[name] / GIB:.2f}"
+
+    def bound(name: str) -> Callable[[dict], str]:
+        return lambda s: f"{s['seconds'][name]:.3g} s"
+
+    def sent(s: dict) -> str:
+        return ", ".join(f"{c['kind']} {c['bytes'] / GIB:.2f}" for c in s["collectives"][:3])
+
+    rows = [
+        row("pairs (prompts)", lambda s: f"{s['pairs']:.0f}"),
+        row("tokens", lambda s: f"{s['tokens']:,.0f}"),
+        row("arguments, GiB", size("argument_bytes")),
+        row("temporaries, GiB", size("temporary_bytes")),
+        row("beside it in a training, GiB", size("beside_bytes")),
+        row("together, GiB", size("total_bytes")),
+        row("of usable, GiB", size("usable_bytes")),
+        row("fits", lambda s: "yes" if s["fits"] else "no"),
+        row("largest batch that fits", lambda s: f"{s['largest_batch'] or '-'}"),
+        row("TFLOP", lambda s: f"{s['flops'] / 1e12:.4g}"),
+        row("arithmetic at the peak", bound("compute")),
+        row("memory at its bandwidth", bound("memory")),
+        row("collectives over their links", bound("collectives")),
+        row("collectives, GiB", sent),
+        row("tokens/s", lambda s: span(s["tokens_per_second_serial"], s["tokens_per_second"])),
+        row("MFU", mfu),
+        row("seconds to compile", lambda s: f"{s['compile_seconds']:.0f}"),
+    ]
+    return table("one step", one["steps"], rows)
+
+
+def rows_table(kinds: dict) -> list[str]:
+    """A config's train step with padded rows, packed ones, and ones with shared prompts."""
+    steps = [one["steps"]["train"] for one in kinds.values()]
+    first = steps[0]
+
+    def row(label: str, text: Callable[[dict], str]) -> tuple[str, list[str]]:
+        return label, [text(step) for step in steps]
+
+    def against(name: str) -> Callable[[dict], float]:
+        return lambda s: s[name] / first[name]
+
+    rows = [
+        row("rows x tokens", lambda s: f"{s['rows']} x {s['row_length']:,}"),
+        row("padding", lambda s: f"{100 * s['padding']:.0f} %"),
+        row("tokens computed a pair", lambda s: f"{s['computed_per_pair']:,.0f}"),
+        row("arithmetic at the peak", lambda s: f"{s['seconds']['compute']:.2f} s"),
+        row("memory at its bandwidth", lambda s: f"{s['seconds']['memory']:.2f} s"),
+        row("collectives over their links", lambda s: f"{s['seconds']['collectives']:.2f} s"),
+        row("the compiler's own, no collectives", lambda s: f"{s['optimal_seconds']:.2f} s"),
+        row(
+            "pairs/s",
+            lambda s: span(s["pairs_per_second_serial"], s["pairs_per_second"], ".3g"),
+        ),
+        row("pairs/s against padded", lambda s: span(
+            *sorted((against("pairs_per_second_serial")(s), against("pairs_per_second")(s))), ".2f"
+        )),
+        row(
+            "expected from the tokens",
+            lambda s: f"{first['computed_per_pair'] / s['computed_per_pair']:.2f}",
+        ),
+        row("MFU", mfu),
+        row("together, GiB", lambda s: f"{s['total_bytes'] / GIB:.1f}"),
+    ]  # fmt: skip
+    return table(f"{first['pairs']:.0f} pairs", ROWS, rows)
+
+
+def weak_table(weak: dict) -> list[str]:
+    """The same work a chip on more and more chips."""
+    heads = ("step", "compute", "memory", "collectives", "sum", "tokens/s a chip", "GiB a chip")
+    rows = []
+    for chips, one in sorted(weak.items(), key=lambda item: int(item[0])):
+        for name, s in one["steps"].items():
+            each = [f"{s['seconds'][k]:.3f} s" for k in ("compute", "memory", "collectives")]
+            rate = s["tokens_per_second_serial"] / int(chips)
+            rows.append(
+                (
+                    chips,
+                    [name, *each, f"{s['seconds']['serial']:.3f} s", f"{rate:,.0f}",
+                     f"{s['total_bytes'] / GIB:.1f}"],
+                )
+            )  # fmt: skip
+    return table("chips", heads, rows)
+
+
+def sums_table(sums: list[dict]) -> list[str]:
+    """What became of explicit collectives over some chips of a slice."""
+    rows = [
+        (one["topology"], [f"{one['chips']}", one["asked"], ", ".join(one["compiled"])])
+        for one in sums
+    ]
+    return table("slice", ("chips in a group", "asked for", "compiled"), rows)
+
+
+def tables(found: dict) -> list[tuple[str, list[str]]]:
+    """The tables of docs/scaling.md: a title, and the lines."""
+    out = []
     for name, one in found.get("configs", {}).items():
         mesh = ", ".join(f"{k} {v}" for k, v in one["mesh"].items() if v > 1)
-        steps = one["steps"]
-        lines += [f"\n### {name}, {one['topology']} (mesh: {mesh})\n"]
-        lines += ["| | " + " | ".join(steps) + " |", "|---|" + "---|" * len(steps)]
-
-        def row(label: str, text, steps=steps) -> str:
-            return f"| {label} | " + " | ".join(text(s) for s in steps.values()) + " |"
-
-        def bound(key: str):
-            return lambda s: f"{s['seconds'][key]:.3g} s" if s["seconds"] else "-"
-
-        def sent(s: dict) -> str:
-            return ", ".join(f"{c['kind']} {c['bytes'] / gib:.2f}" for c in s["collectives"][:3])
-
-        def mfu(s: dict) -> str:
-            if not s["mfu"]:
-                return "-"
-            worst = s["mfu"] * s["seconds"]["overlapped"] / s["seconds"]["serial"]
-            return f"{100 * worst:.0f} - {100 * s['mfu']:.0f} %"
-
-        def rate(s: dict) -> str:
-            if not s["tokens_per_second"]:
-                return "-"
-            return f"{s['tokens_per_second_serial']:,.0f} - {s['tokens_per_second']:,.0f}"
-
-        lines += [
-            row("pairs (prompts)", lambda s: f"{s['pairs']:.0f}"),
-            row("tokens", lambda s: f"{s['tokens']:,.0f}"),
-            row("arguments, GiB", lambda s: f"{s['argument_bytes'] / gib:.2f}"),
-            row("temporaries, GiB", lambda s: f"{s['temporary_bytes'] / gib:.2f}"),
-            row("beside it in a training, GiB", lambda s: f"{s['beside_bytes'] / gib:.2f}"),
-            row("together, GiB", lambda s: f"{s['total_bytes'] / gib:.2f}"),
-            row("of usable, GiB", lambda s: f"{s['usable_bytes'] / gib:.2f}"),
-            row("fits", lambda s: "yes" if s["fits"] else "no"),
-            row("TFLOP", lambda s: f"{s['flops'] / 1e12:.4g}"),
-            row("arithmetic at the peak", bound("compute")),
-            row("memory at its bandwidth", bound("memory")),
-            row("collectives over their links", bound("collectives")),
-            row("collectives, GiB", sent),
-            row("tokens/s", rate),
-            row("MFU", mfu),
-            row("seconds to compile", lambda s: f"{s['compile_seconds']:.0f}"),
-        ]
+        out.append((f"{name}, {one['topology']} (mesh: {mesh})", config_table(one)))
+    for name, kinds in found.get("rows", {}).items():
+        mean = LENGTHS[name][1]
+        out.append((f"{name}, sequences of {mean} tokens on average", rows_table(kinds)))
     if found.get("weak"):
-        lines += ["\n### The same work a chip on 8 to 256 chips\n"]
-        lines += ["| chips | step | compute | memory | collectives | sum | tokens/s a chip |"]
-        lines += ["|---|---|---|---|---|---|---|"]
-        for chips, one in sorted(found["weak"].items(), key=lambda item: int(item[0])):
-            for step, s in one["steps"].items():
-                t = s["seconds"]
-                each = [f"{t[k]:.3f} s" for k in ("compute", "memory", "collectives", "serial")]
-                rate = s["tokens_per_second_serial"] / int(chips)
-                lines.append(f"| {chips} | {step} | " + " | ".join(each) + f" | {rate:,.0f} |")
-    return "\n".join(lines)
+        out.append(("The same work a chip on 8 to 256 chips", weak_table(found["weak"])))
+    if found.get("sums"):
+        out.append(("Sums over the chips of a slice", sums_table(found["sums"])))
+    return out
+
+
+def text(found: dict) -> str:
+    return "\n\n".join("\n".join([f"### {title}\n", *lines]) for title, lines in tables(found))
 
 
 def main() -> None:
@@ -146,33 +293,53 @@ def main() -> None:
     parser.add_argument("--search", action="store_true", help="also the largest train batch")
     parser.add_argument("--steps", default=",".join(STEPS), help="of the configs, by comma")
     parser.add_argument("--tables", action="store_true", help="print what is there already")
-    parser.add_argument("--only", default="", help="names of configs, or weak, by comma")
+    parser.add_argument(
+        "--only", default="", help="configs, rows, rows/CONFIG, weak, weak/CHIPS, sums; by comma"
+    )
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     options = parser.parse_args()
     found = json.loads(options.out.read_text()) if options.out.exists() else {}
     if options.tables:
-        print(tables(found))
+        print(text(found))
         return
-    chosen = options.only.split(",") if options.only else [*(n for n, _ in CONFIGS), "weak"]
+    every = [*(n for n, _ in CONFIGS), "rows", "weak", "sums"]
+    chosen = options.only.split(",") if options.only else every
+    found["versions"] = {n: importlib.metadata.version(n) for n in ("jax", "libtpu")}
     for name, topology in CONFIGS:
         if name in chosen:
-            one = compiled(name, topology, options.steps)
-            known = found.setdefault("configs", {}).get(name, {}).get("steps", {})
-            one["steps"] = {
-                s: (known | one["steps"])[s] for s in STEPS if s in known | one["steps"]
-            }
+            every_step = options.steps.split(",")
+            searched = [step for step in every_step if step == "train" and options.search]
+            one: dict = {}
+            for steps in (searched, [step for step in every_step if step not in searched]):
+                if steps:
+                    more = compiled(name, topology, ",".join(steps), search=steps == searched)
+                    one = more | {"steps": one.get("steps", {}) | more["steps"]}
+            known = found.setdefault("configs", {}).get(name, {}).get("steps", {}) | one["steps"]
+            one["steps"] = {step: known[step] for step in STEPS if step in known}
             found["configs"][name] = one
-            if options.search:
-                most = compiled(name, topology, "train", search=True)["steps"]["train"]
-                found["configs"][name]["largest_train_batch"] = most["largest_batch"]
             options.out.write_text(json.dumps(found, indent=1) + "\n")
-    if "weak" in chosen:
+    for name, topology in CONFIGS:
+        for kind in ROWS if "rows" in chosen or f"rows/{name}" in chosen else ():
+            one = in_rows(name, topology, kind)
+            found.setdefault("rows", {}).setdefault(name, {})[kind] = one
+            options.out.write_text(json.dumps(found, indent=1) + "\n")
+    if "sums" in chosen:
+        found["sums"] = sums()
+        options.out.write_text(json.dumps(found, indent=1) + "\n")
+    if any(name.partition("/")[0] == "weak" for name in chosen):
         for chips, topology in WEAK.items():
-            found.setdefault("weak", {})[str(chips)] = weak(chips, topology)
+            if "weak" not in chosen and f"weak/{chips}" not in chosen:
+                continue
+            known = found.get("configs", {}).get("qwen2_1p5b_v5e8", {})
+            if chips == 8 and {"train", "score"} <= set(known.get("steps", {})):
+                one = known | {"steps": {s: known["steps"][s] for s in ("train", "score")}}
+            else:  # on 8 chips it is that config
+                one = weak(chips, topology)
+            found.setdefault("weak", {})[str(chips)] = one
             options.out.write_text(json.dumps(found, indent=1) + "\n")
     if len(found.get("weak", {})) > 2:
         plot(found, options.out.with_suffix(".png"))
-    print(tables(found))
+    print(text(found))
     print(options.out)
 
 

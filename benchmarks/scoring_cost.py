@@ -5,8 +5,7 @@
 Cost, on two shapes: the quickstart's decoder and pairs, and a decoder as wide as SmolLM2-135M with
 its vocabulary, rows of 512 tokens and few layers. Train steps and the scoring of a whole pool take
 turns, the latter as a run does it: packing, casting, the passes, the scores. `full` is the pass of
-the reference, with every statistic and prompts through the head; the others are settings of
-config.selection.
+the reference, with every statistic; the others are settings of config.selection.
 
 Effect, on the quickstart: after some steps on uniform pairs, the ranks that each way gives a pool
 are held against those of a full float32 pass, by Spearman's correlation and by the share of the
@@ -35,9 +34,9 @@ import numpy as np
 import scipy.stats
 
 from sage_jax import __main__ as launcher
-from sage_jax import config, curriculum, models, rules, scores, step
-from sage_jax.data import encode, pack, records
-from sage_jax.runtime import counters, forward, loop, setup, state
+from sage_jax import config, curriculum, models, rules, scores
+from sage_jax.data import encode, pack, records, steps
+from sage_jax.runtime import counters, forward, loop, programs, setup, state
 from sage_jax.runtime import mesh as meshes
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -62,7 +61,9 @@ class Job(NamedTuple):
 
 def make_job(run: config.Run, policy: setup.Policy, pairs: encode.EncodedPairs) -> Job:
     run, mesh = config.settle_data(run, pairs.columns), meshes.make_mesh()
-    passes = forward.Passes(policy, mesh, setup.row_shape(run, pairs.lengths_N2, mesh))
+    share = setup.shares_prompts(run, policy.model, pairs)
+    shape = setup.row_shape(run, pairs.row_lengths(share), mesh, share=share)
+    passes = forward.Passes(policy, mesh, shape)
     return Job(
         run, policy, passes, pairs, passes.stats(policy.params, pairs, np.arange(len(pairs)))
     )
@@ -144,19 +145,11 @@ def train_call(job: Job, count: int) -> tuple[Callable[[], Any], float]:
     loss = setup.make_loss(run)
     tx, _ = state.make_optimizer(config.replace(run, **{"train.steps": 10**6}))
     placed = state.state_shardings(run, tx, job.policy.params, mesh)
-    train = jax.jit(
-        step.make_train_step(
-            job.policy.logps_fn(), loss, tx, score_fn=setup.make_score_fn(run, loss)
-        ),
-        in_shardings=(placed, None, meshes.batch_sharding(mesh)),
-        out_shardings=(placed, meshes.replicated(mesh)),
-        donate_argnums=0,
-    )
-    plan = pack.plan(
-        job.pairs.lengths_N2, np.arange(len(job.pairs)), **shape._asdict(),
-        batch_pairs=run.train.batch_pairs,
-    )  # fmt: skip
-    rows = pack.collate(job.pairs, plan[0], shape.row_length, job.start.logps)
+    train = programs.train_step(run, job.policy, mesh, tx, loss, setup.make_score_fn(run, loss))
+    length_N = job.pairs.row_lengths(shape.share)
+    plan = steps.place(length_N, np.arange(run.train.batch_pairs)[None], shape)
+    length = shape.length_of(plan[0], length_N)
+    rows = pack.collate(job.pairs, plan[0], length, job.start.logps, share=shape.share)
     rows = meshes.put(rows, mesh)
     held = [
         jax.jit(
@@ -172,15 +165,16 @@ def train_call(job: Job, count: int) -> tuple[Callable[[], Any], float]:
     return call, float((plan[0] >= 0).sum() * count)
 
 
-def costs(job: Job, pool: int, steps: int, repeats: int) -> dict[str, Any]:
+def costs(job: Job, pool: int, updates: int, repeats: int) -> dict[str, Any]:
     """Seconds of scoring a pool, by the pair, over those of a train step."""
     index_P, memory = np.arange(min(pool, len(job.pairs))), first_memory(job)
-    call, trained = train_call(job, steps)
+    call, trained = train_call(job, updates)
     calls: dict[str, Callable[[], Any]] = {
         "train": call,
         "full": lambda: job.passes.stats(job.policy.params, job.pairs, index_P),
     }
-    full_N = counters.pair_flops(job.policy.model, job.pairs)
+    shape = job.passes.shape
+    full_N = counters.pair_flops(job.policy.model, job.pairs, shared=shape.share)
     flops = {"full": float(full_N[index_P].sum())}
     for name, run in ways(job).items():
         one = scorer(job, run)
@@ -191,7 +185,13 @@ def costs(job: Job, pool: int, steps: int, repeats: int) -> dict[str, Any]:
     per_pair["train"] = [t / trained for t in seconds["train"]]
     trained_flops = 3.0 * float(full_N[index_P].sum())
     return {
-        "rows": dict(zip(("row_length", "rows", "slots"), job.passes.shape, strict=True)),
+        "rows": {
+            "row_length": shape.row_length,
+            "rows": shape.rows,
+            "slots": shape.slots,
+            "sizes": shape.sizes,
+            "share": shape.share,
+        },
         "pool": len(index_P),
         "parameters": sum(x.size for x in jax.tree.leaves(job.policy.params)),
         "tokens_of_a_pair": float(job.pairs.lengths_N2.sum() / len(job.pairs)),
@@ -226,12 +226,12 @@ def agreement(mine_P: np.ndarray, exact_P: np.ndarray) -> dict[str, float]:
     }
 
 
-def effects(job: Job, steps: int, seed: int) -> dict[str, dict[str, float]]:
+def effects(job: Job, updates: int, seed: int) -> dict[str, dict[str, float]]:
     """Ranks of a pool after some steps on uniform pairs, against those of an exact pass."""
     # Shares that lean by nothing: plain epochs, and every step still returns its margins.
     run = config.replace(
         job.run,
-        **{"seed": seed, "train.steps": steps, "selection.name": "uniform",
+        **{"seed": seed, "train.steps": updates, "selection.name": "uniform",
            "curriculum.sharpness": 1e-12, "checkpoint.every": 10**6},
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as workdir, contextlib.redirect_stdout(sys.stderr):

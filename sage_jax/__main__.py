@@ -29,7 +29,12 @@ MODES = {  # name -> one line of help; the functions are in runtime/modes.py
     "doctor": "look a data set over: lengths, truncation, duplicates, bad rows",
     "compile": "memory, cost and collectives of a run's steps on a TPU pod, without one",
 }
-OWN_FLAGS = {"compile": {"topology": str, "steps": str, "search": bool, "json": bool}}
+OWN_FLAGS: dict[str, dict[str, type]] = {
+    "compile": {
+        "topology": str, "steps": str, "search": bool, "json": bool, "length_mean": float,
+        "length_sigma": float, "prompt_share": float,
+    }
+}  # fmt: skip
 FROM_WORKDIR = ("export", "report")  # these find their settings in the workdir of the run
 USAGE = """usage: sage-jax MODE --config=FILE --workdir=DIR [--config.key=value ...]
 
@@ -39,7 +44,8 @@ modes:
 FILE is a config (configs/quickstart.py) or the name of one that comes with the package
 (quickstart); export and report need only the workdir. compile takes --topology=v5e:16x16 (any TPU
 slice, or cpu:8), --steps=train,score,eval,sample, --search=false and --json, and ends with 3 when
-something does not fit. A run that was stopped or killed goes on
+something does not fit; --length_mean=TOKENS (of a prompt and one answer), --length_sigma=0.5 and
+--prompt_share=0.4 say which pairs to plan its rows for. A run that was stopped or killed goes on
 when its command is given again. Every setting and its default: python -m sage_jax.config
 
 On several hosts the command is the same on each. TPU slices, SLURM, Kubernetes and MPI say who
@@ -155,6 +161,11 @@ def take_own_flags(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
         name, _, text = argument.removeprefix("--").partition("=")
         if name not in kinds:
             rest.append(argument)
+        elif kinds[name] is float:
+            try:
+                own[name] = float(text)
+            except ValueError as e:
+                raise UsageError(f"--{name}={text!r} is not a number.") from e
         elif kinds[name] is not bool:
             own[name] = text
         elif text.lower() in ("true", "false"):

@@ -231,8 +231,11 @@ def test_rows_carry_the_numbers_of_speed_selection_and_curriculum(trained):
     for row in rows[:-1]:
         found = {k for k in row if k.startswith("perf/")}
         assert found >= {f"perf/{name}" for name in (
-            "step_time", "tokens_per_second", "padding_fraction", "scoring_fraction")}  # fmt: skip
+            "step_time", "tokens_per_second", "padding_fraction", "scoring_fraction",
+            "data_wait_fraction")}  # fmt: skip
         assert row["perf/step_time"] > 0 and 0 <= row["perf/padding_fraction"] < 1
+        assert 0 <= row["perf/data_wait_fraction"] <= 1
+    assert rows[-2]["perf/data_wait_fraction"] > 0  # no wait at all would not have been measured
     assert rows[0]["selection/pool"] == 16 and rows[0]["selection/selected"] == 5  # a third
     share = [v for k, v in rows[0].items() if k.startswith("curriculum/share_")]
     assert share and sum(share) == pytest.approx(1)

@@ -117,10 +117,11 @@ CHARTS = (  # first match wins; what matches none is shown under its own name at
     Chart("Speed", "Tokens a second", r"perf/tokens_per_second", "tokens/s",
           "Real tokens, without padding."),
     Chart("Speed", "Shares of the work",
-          r"perf/(padding_fraction|scoring(_seconds)?_fraction|mfu)", "share",
+          r"perf/(padding_fraction|scoring(_seconds)?_fraction|data_wait_fraction|mfu)", "share",
           "padding_fraction: share of a batch that is empty; scoring_fraction: share of all "
           "floating-point operations spent on scoring; scoring_seconds_fraction: of the time; "
-          "mfu: share of the hardware's peak.", True),
+          "data_wait_fraction: of the training time, waiting for a batch; mfu: share of the "
+          "hardware's peak.", True),
     Chart("Spent so far", "Seconds", r"perf/seconds(_\w+)?", "seconds",
           "Cumulative. The line without a part's name is the device's time: sampling, scoring and "
           "training, without evaluation and compilation. drawing is the host's.", noisy=False),

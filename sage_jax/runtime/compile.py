@@ -1,8 +1,8 @@
 """`sage-jax compile`: the real steps of a run, compiled for a machine that is not there.
 
 From shapes alone: no weights, no data, no accelerator. TPU topologies are compiled by the TPU's own
-compiler, which comes with `libtpu`. Rows are as long as the longest pair that `data.max_length`
-admits, and full.
+compiler, which comes with `libtpu`. Rows are planned as a run plans them, for pairs of stated
+lengths (`runtime/planned.py`); by default for the longest that `data.max_length` admits.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sage_jax import batch, config, logprobs
+from sage_jax import config, logprobs
 from sage_jax.data import steps as row_shapes
 from sage_jax.models import (
     attention,
@@ -33,7 +33,18 @@ from sage_jax.models import (
     sources,
     spec,
 )
-from sage_jax.runtime import chips, compile_report, forward, hlo, programs, setup, state
+from sage_jax.runtime import (
+    ahead,
+    chips,
+    compile_report,
+    counters,
+    forward,
+    hlo,
+    planned,
+    programs,
+    setup,
+    state,
+)  # fmt: skip
 from sage_jax.runtime import mesh as meshes
 
 STEPS = ("train", "score", "eval", "sample")
@@ -189,21 +200,14 @@ def placed(shapes: Any, shardings: Any) -> Any:
     )
 
 
-def rows_of(shape: row_shapes.Shape, mesh: jax.sharding.Mesh, share: bool) -> batch.PackedBatch:
-    """Shapes of a batch, whose pairs share their prompts or not."""
-    one = batch.empty(1, shape.row_length, shape.slots)
-    if share:
-        one = one._replace(shared=batch.Shared(one.tokens_RT, one.tokens_RT, one.tokens_RT))
-    where = meshes.batch_sharding(mesh)
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((shape.rows, *x.shape[1:]), x.dtype, sharding=where), one
-    )
-
-
-def row_shape(run: config.Run, mesh: jax.sharding.Mesh) -> row_shapes.Shape:
-    """The rows of a step when every pair is as long as data.max_length admits."""
-    lengths = np.full((max(run.train.batch_pairs, 1), 2), run.data.max_length)
-    return setup.row_shape(run, lengths, mesh)
+def row_shape(
+    run: config.Run, mesh: jax.sharding.Mesh, pairs: planned.Pairs, share: bool
+) -> row_shapes.Shape:
+    """The rows that a run with such pairs plans."""
+    lengths_N = pairs.row_lengths(share)
+    if len(lengths_N) < run.train.batch_pairs:  # all alike
+        lengths_N = np.resize(lengths_N, run.train.batch_pairs)
+    return setup.row_shape(run, lengths_N, mesh, share=share)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,26 +217,38 @@ class Lowered:
     name: str
     lower: Callable[[], Any]
     pairs: float  # that one run of it handles; prompts for `sample`
-    tokens: float  # that go through the model
+    tokens: float  # of these pairs that lie in the rows; prompts that they share count once
     model_flops: float  # of the whole batch, by the closed form, nothing recomputed
     beside_bytes: float  # on each device in a training, besides what the program sees
     trips: Callable[[str], float]  # of loops that end by a condition on data, by their path
+    rows: tuple[int, int] = (0, 0)  # their number and their length; `sample` has none
+    longer: tuple[int, ...] = ()  # row lengths of the few steps whose pairs do not fit into these
+    shared: bool = False  # both answers of a pair share one prompt in their row
 
 
-def make_step(name: str, run: config.Run, mesh: jax.sharding.Mesh) -> Lowered:
-    """One of `STEPS`, as the run would run it."""
+def make_step(
+    name: str, run: config.Run, mesh: jax.sharding.Mesh, pairs: planned.Pairs | None = None
+) -> Lowered:
+    """One of `STEPS`, as the run would run it on such pairs; None: on the longest there may be."""
     run = config.settle_data(run, {})
     policy = abstract_policy(run, mesh)
     if name == "sample":
         return _sample_step(run, policy, mesh)
-    shape = row_shape(run, mesh)
-    # Whether "auto" shares prompts depends on the data; without sharing a step takes the most.
-    rows = rows_of(shape, mesh, run.data.share_prompts == "on")
-    pairs = min(run.train.batch_pairs, shape.rows * shape.slots)
-    lengths = np.full((pairs, 2), min(run.data.max_length, shape.row_length // 2))
-    flops = _forward_flops(policy.model, lengths)
-    trips = _trips(policy, shape, mesh)
-    tokens = float(lengths.sum())
+    pairs = planned.pairs(run.data.max_length) if pairs is None else pairs
+    share = planned.shares(run, policy.model, pairs)
+    shape = row_shape(run, mesh, pairs, share)
+    rows = ahead.rows_of(shape, shape.row_length, mesh)
+    count = min(run.train.batch_pairs, shape.rows * shape.slots)
+    flops_N = counters.pair_flops(policy.model, pairs, shared=share)  # type: ignore[arg-type]
+    flops = count * float(flops_N.mean())
+    tokens = count * float(pairs.row_lengths(share).mean())
+    answers = count * float((pairs.lengths_N2 - pairs.start_N2).sum(axis=1).mean())
+    trips = _trips(policy, shape, mesh, answers)
+    about: dict[str, Any] = {
+        "rows": (shape.rows, shape.row_length),
+        "longer": tuple(size for size in shape.sizes if size > shape.row_length),
+        "shared": share,
+    }
     tx, _ = state.make_optimizer(run)
     weights = device_bytes(policy.params)  # with adapters: these alone
     if name == "train":
@@ -244,11 +260,12 @@ def make_step(name: str, run: config.Run, mesh: jax.sharding.Mesh) -> Lowered:
         return Lowered(
             name,
             lambda: program.lower(start, policy.frozen, rows, *nll),
-            pairs,
+            count,
             tokens,
             3 * flops,
             weights,
             trips,
+            **about,
         )
     # In a training, the optimizer's state and the first weights lie beside a forward pass.
     beside = device_bytes(state.abstract_state(run, policy.params, mesh))
@@ -265,11 +282,12 @@ def make_step(name: str, run: config.Run, mesh: jax.sharding.Mesh) -> Lowered:
     return Lowered(
         name,
         lambda: program.lower(params, frozen, rows),
-        pairs,
+        count,
         tokens,
         flops,
         beside,
         trips,
+        **about,
     )
 
 
@@ -290,11 +308,16 @@ def _sample_step(run: config.Run, policy: setup.Policy, mesh: jax.sharding.Mesh)
 
 
 def _trips(
-    policy: setup.Policy, shape: row_shapes.Shape, mesh: jax.sharding.Mesh
+    policy: setup.Policy, shape: row_shapes.Shape, mesh: jax.sharding.Mesh, answers: float
 ) -> Callable[[str], float]:
-    """How often loops over data run at most: all tokens count, and a query sees half its row."""
-    tokens = shape.rows * shape.row_length // (mesh.size // mesh.shape["tensor"])
-    head = logprobs.head_chunks(tokens, policy.model.spec.vocab, setup.head_memory(mesh).chunk)
+    """How often loops over data run: over the tokens of answers, evenly spread over the devices.
+
+    A query of the attention in blocks sees half its row at most.
+    """
+    parts = mesh.size // mesh.shape["tensor"]
+    tokens = shape.rows * shape.row_length // parts
+    all_ = logprobs.head_chunks(tokens, policy.model.spec.vocab, setup.head_memory(mesh).chunk)
+    head = math.ceil(all_ * min(answers / parts / tokens, 1.0))
     keys = max(shape.row_length / 2 / attention.BLOCK, 1.0)
     return lambda path: keys if "attention" in path else head
 
@@ -318,9 +341,8 @@ def device_bytes(tree: Any) -> float:
 def compile_step(lowered: Lowered, machine: Target) -> compile_report.StepReport:
     """Compiles a step and reads what came out."""
     start = time.perf_counter()
-    program = lowered.lower()
     try:
-        compiled = program.compile()
+        compiled = lowered.lower().compile()
     except Exception as e:
         used = out_of_memory(str(e))
         if used is None:
@@ -329,7 +351,9 @@ def compile_step(lowered: Lowered, machine: Target) -> compile_report.StepReport
     seconds = time.perf_counter() - start
     totals, note = None, ""
     try:
-        totals = hlo.Program(compiled.as_text(), unknown_trips=lowered.trips).totals()
+        text = compiled.as_text()
+        program = hlo.Program(text, unknown_trips=lowered.trips, both_ways=lowered.shared)
+        totals = program.totals()
     except jax.errors.JaxRuntimeError as e:  # written by a libtpu that is newer than jaxlib
         said = str(e).splitlines()[0]
         note = (
@@ -361,7 +385,7 @@ def out_of_memory(said: str) -> float | None:
 
 def largest(
     name: str, run: config.Run, mesh: jax.sharding.Mesh, machine: Target,
-    known: compile_report.StepReport,
+    known: compile_report.StepReport, pairs: planned.Pairs | None = None,
 ) -> tuple[int, int]:  # fmt: skip
     """The most pairs a step that fit the machine, and how many compilations it took to know.
 
@@ -379,7 +403,7 @@ def largest(
         run_ = config.replace(run, **{size: units * unit})
         if "pool_size" not in size:  # the pool follows, so that its check stays out of the way
             run_ = config.replace(run_, **{"curriculum.pool_size": 0})
-        return compile_step(make_step(name, run_, mesh), machine).total_bytes
+        return compile_step(make_step(name, run_, mesh, pairs), machine).total_bytes
 
     now = max(1, round((run.eval.batch if name == "sample" else run.train.batch_pairs) / unit))
     points = {now: known.total_bytes} if math.isfinite(known.total_bytes) else {}
@@ -406,7 +430,15 @@ def largest(
 
 
 def run_mode(
-    run: config.Run, *, topology: str, steps: str = "", search: bool = True, as_json: bool = False
+    run: config.Run,
+    *,
+    topology: str,
+    steps: str = "",
+    search: bool = True,
+    as_json: bool = False,
+    length_mean: float | None = None,
+    length_sigma: float | None = None,
+    prompt_share: float = 0.0,
 ) -> int:
     """The mode `compile`: returns 0, or 3 when a step does not fit.
 
@@ -416,22 +448,31 @@ def run_mode(
         steps: which of `STEPS`, joined by commas; "" = train, score and sample.
         search: also find the largest batch that fits.
         as_json: print JSON instead of tables.
+        length_mean, length_sigma, prompt_share: of the pairs to plan rows for, see
+            `planned.pairs`.
 
     Raises:
-        ValueError: an unknown step or topology, or a mesh that the topology does not fill.
+        ValueError: an unknown step or topology, lengths that there cannot be, or a mesh that the
+            topology does not fill.
     """
     names = [n for n in steps.split(",") if n] or ["train", "score", "sample"]
     for name in names:
         if name not in STEPS:
             raise ValueError(f"--steps={steps}: {name!r} is none of {', '.join(STEPS)}.")
+    pairs = planned.pairs(
+        run.data.max_length,
+        length_mean=length_mean,
+        length_sigma=length_sigma,
+        prompt_share=prompt_share,
+    )
     machine = target(topology)
     mesh = make_mesh(run, machine)
     reports = []
     for name in names:
-        found = compile_step(make_step(name, run, mesh), machine)
+        found = compile_step(make_step(name, run, mesh, pairs), machine)
         if search:
-            most, tried = largest(name, run, mesh, machine, found)
+            most, tried = largest(name, run, mesh, machine, found, pairs)
             found = dataclasses.replace(found, largest_batch=most, search_compilations=tried)
         reports.append(dataclasses.replace(found, changes=compile_report.changes(found, run, mesh)))
-    compile_report.show(run, machine, mesh, reports, as_json=as_json)
+    compile_report.show(run, machine, mesh, reports, pairs.said, as_json=as_json)
     return 0 if all(r.fits for r in reports) else 3

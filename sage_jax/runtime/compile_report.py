@@ -93,6 +93,10 @@ class StepReport:
     search_compilations: int = 0
     note: str = ""
     changes: tuple[str, ...] = ()  # what to do when it does not fit
+    rows: int = 0  # 0: a step without rows
+    row_length: int = 0
+    longer: tuple[int, ...] = ()  # row lengths of the few steps that need more; not compiled
+    shared: bool = False  # both answers of a pair share one prompt
 
     @property
     def total_bytes(self) -> float:
@@ -110,12 +114,30 @@ class StepReport:
         """Whether the margin is left free."""
         return self.free >= self.margin
 
+    @property
+    def padding(self) -> float:
+        """Share of the tokens of the rows that belong to no pair."""
+        room = self.rows * self.row_length
+        return 1 - self.tokens / room if room else 0.0
+
+    @property
+    def computed_per_pair(self) -> float:
+        """Tokens that go through the model for a pair, padding counted."""
+        return self.rows * self.row_length / self.pairs
+
     def tokens_per_second(self, *, overlapped: bool = True) -> float | None:
-        """Of all devices, at the bound."""
+        """Of all devices, at the bound; padding not counted."""
+        return self._rate(self.tokens, overlapped)
+
+    def pairs_per_second(self, *, overlapped: bool = True) -> float | None:
+        """Of all devices, at the bound; prompts for `sample`."""
+        return self._rate(self.pairs, overlapped)
+
+    def _rate(self, count: float, overlapped: bool) -> float | None:
         if self.seconds is None:
             return None
         time = self.seconds.overlapped if overlapped else self.seconds.serial
-        return self.tokens / time if time else None
+        return count / time if time else None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -126,10 +148,11 @@ class StepReport:
                 "serial": self.seconds.serial,
                 "bound": self.seconds.bound,
             }
-        for name in ("total_bytes", "free", "fits"):
+        for name in ("total_bytes", "free", "fits", "padding", "computed_per_pair"):
             found[name] = getattr(self, name)
-        found["tokens_per_second"] = self.tokens_per_second()
-        found["tokens_per_second_serial"] = self.tokens_per_second(overlapped=False)
+        for name in ("tokens_per_second", "pairs_per_second"):
+            found[name] = getattr(self, name)()
+            found[f"{name}_serial"] = getattr(self, name)(overlapped=False)
         finite = lambda v: None if isinstance(v, float) and not math.isfinite(v) else v  # noqa: E731
         return {key: finite(value) for key, value in found.items()}
 
@@ -204,7 +227,16 @@ def read(
         opaque=totals.opaque,
         unknown_loops=totals.unknown_loops,
         note=note,
+        **_rows(lowered),
     )
+
+
+def _rows(lowered: compiler.Lowered) -> dict[str, Any]:
+    """What the report of a step says of its rows."""
+    rows, length = lowered.rows
+    return {
+        "rows": rows, "row_length": length, "longer": lowered.longer, "shared": lowered.shared
+    }  # fmt: skip
 
 
 def too_large(
@@ -213,7 +245,7 @@ def too_large(
     """The report of a program that the compiler refused for its size."""
     return StepReport(
         lowered.name, lowered.pairs, lowered.tokens, seconds, 0.0, 0.0, 0.0, used, 0.0,
-        lowered.beside_bytes, machine.usable_bytes, margin, lowered.model_flops,
+        lowered.beside_bytes, machine.usable_bytes, margin, lowered.model_flops, **_rows(lowered),
     )  # fmt: skip
 
 
@@ -275,18 +307,20 @@ def show(
     machine: compiler.Target,
     mesh: jax.sharding.Mesh,
     reports: Sequence[StepReport],
+    said: str,
     *,
     as_json: bool,
 ) -> None:
-    """Prints the reports of a topology."""
+    """Prints the reports of a topology; `said` is what the pairs are like."""
     if as_json:
-        print(json.dumps(as_dict(run, machine, mesh, reports), indent=1))
+        print(json.dumps(as_dict(run, machine, mesh, reports, said), indent=1))
         return
     axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "none"
     print(
         f"{run.model.path} in {run.model.dtype}, remat {run.model.remat}, for {machine.name}: "
         f"{len(machine.devices)} devices (mesh: {axes}), {_gib(machine.usable_bytes)} usable on "
-        f"each.\nFrom the compiled programs, per device; nothing was run.\n"
+        f"each.\nPairs: {said}{_rows_said(run, reports)}.\n"
+        f"From the compiled programs, per device; nothing was run.\n"
     )
     print(progress.table(["memory", *(r.name for r in reports)], _memory_rows(reports)))
     print()
@@ -309,6 +343,11 @@ def show(
                 f"\n{report.name}: loops that end by a condition on data are counted to their "
                 f"limit."
             )
+        if report.longer:
+            print(
+                f"\n{report.name}: the few steps whose pairs are longer together take rows of "
+                f"{' or '.join(map(str, report.longer))} tokens, and their memory with them."
+            )
         if not report.fits:
             print(
                 f"\n{report.name} does not fit: {_gib(report.total_bytes)} and a margin of "
@@ -323,6 +362,7 @@ def as_dict(
     machine: compiler.Target,
     mesh: jax.sharding.Mesh,
     reports: Sequence[StepReport],
+    said: str,
 ) -> dict[str, Any]:
     """The reports of a topology, for JSON."""
     return {
@@ -331,9 +371,19 @@ def as_dict(
         "mesh": dict(mesh.shape),
         "chip": None if machine.chip is None else dataclasses.asdict(machine.chip),
         "config": config.as_dict(run),
+        "pairs": said,
         "steps": {report.name: report.as_dict() for report in reports},
         "fits": all(report.fits for report in reports),
     }
+
+
+def _rows_said(run: config.Run, reports: Sequence[StepReport]) -> str:
+    """How the pairs lie in rows."""
+    if not any(r.rows for r in reports):
+        return ""
+    packed = "packed" if run.data.packing else "one in a row"
+    shared = "shared" if any(r.shared for r in reports) else "not shared"
+    return f"; {packed}, prompts {shared} (--length_mean and --prompt_share plan for others)"
 
 
 def _memory_rows(reports: Sequence[StepReport]) -> list[list[str]]:
@@ -363,9 +413,14 @@ def _cost_rows(reports: Sequence[StepReport]) -> list[list[str]]:
     def of(name: str) -> Any:
         return lambda r: _time(getattr(r.seconds, name)) if r.seconds else "-"
 
-    def rate(r: StepReport) -> str:
-        found = r.tokens_per_second(), r.tokens_per_second(overlapped=False)
-        return "-" if None in found else f"{found[1]:,.0f} - {found[0]:,.0f}"
+    def rate(name: str) -> Any:
+        def text(r: StepReport) -> str:
+            most, least = getattr(r, name)(), getattr(r, name)(overlapped=False)
+            if most is None:
+                return "-"
+            return f"{least:,.{_digits(least)}f} - {most:,.{_digits(most)}f}"
+
+        return text
 
     def mfu(r: StepReport) -> str:
         if r.mfu is None or r.seconds is None:
@@ -374,7 +429,10 @@ def _cost_rows(reports: Sequence[StepReport]) -> list[list[str]]:
 
     rows = [
         each("pairs (sample: prompts)", lambda r: f"{r.pairs:.0f}"),
-        each("tokens", lambda r: f"{r.tokens:.0f}"),
+        each("tokens, padding left out", lambda r: f"{r.tokens:.0f}"),
+        each("rows x tokens", lambda r: f"{r.rows} x {r.row_length}" if r.rows else "-"),
+        each("padding", lambda r: f"{100 * r.padding:.1f} %" if r.rows else "-"),
+        each("tokens computed a pair", lambda r: f"{r.computed_per_pair:.0f}" if r.rows else "-"),
         each("TFLOP", lambda r: f"{r.flops / 1e12:.4g}"),
         each("bytes to and from memory", lambda r: _gib(r.main_bytes)),
         each("arithmetic at the peak", of("compute")),
@@ -382,11 +440,17 @@ def _cost_rows(reports: Sequence[StepReport]) -> list[list[str]]:
         each("collectives over their links", of("collectives")),
         each("compiler's estimate, no collectives", lambda r: _time(r.optimal_seconds)),
         each("limit", lambda r: r.seconds.bound if r.seconds else "-"),
-        each("tokens/s, serial - overlapped", rate),
+        each("pairs/s, serial - overlapped", rate("pairs_per_second")),
+        each("tokens/s, serial - overlapped", rate("tokens_per_second")),
         each("MFU, serial - overlapped", mfu),
         each("seconds to compile", lambda r: f"{r.compile_seconds:.1f}"),
     ]
     return [row for row in rows if any(cell != "-" for cell in row[1:])]
+
+
+def _digits(value: float) -> int:
+    """Decimals that leave three figures of a number."""
+    return max(0, 2 - math.floor(math.log10(value))) if value > 0 else 0
 
 
 def _gib(size: float) -> str:

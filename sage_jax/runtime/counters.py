@@ -32,6 +32,7 @@ class Counters:
     seconds_sampling: float = 0.0
     seconds_scoring: float = 0.0
     seconds_training: float = 0.0
+    seconds_waiting: float = 0.0  # of training: the host had no batch ready
     seconds: float = 0.0  # of the commands that led to this checkpoint
 
     @property
@@ -55,6 +56,15 @@ class Counters:
         """Share of the time in scoring passes, of that and the time in train steps."""
         total = self.seconds_scoring + self.seconds_training
         return self.seconds_scoring / total if total else 0.0
+
+    @property
+    def data_wait_fraction(self) -> float:
+        """Share of the time in train steps in which the loop waited for a batch.
+
+        The device may still be at work on the step before: it idles for this share at most.
+        """
+        total = self.seconds_training
+        return min(self.seconds_waiting / total, 1.0) if total else 0.0
 
     def count(self, index: np.ndarray, flops_N: np.ndarray) -> float:
         """Counts one step over these pairs; returns its floating-point operations."""

@@ -5,17 +5,18 @@ from __future__ import annotations
 import collections
 import functools
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sage_jax import batch, config, curriculum, logprobs, losses, scores
+from sage_jax import config, curriculum, logprobs, losses, scores
 from sage_jax.data import encode, pack, pipeline, steps
 from sage_jax.models import quantised
 from sage_jax.report import progress
-from sage_jax.runtime import counters, hosts, programs, reference, rounds, setup
+from sage_jax.runtime import ahead, counters, hosts, programs, reference, rounds, setup
 from sage_jax.runtime import mesh as meshes
 
 
@@ -27,23 +28,24 @@ class Passes:
         self.rows_L = meshes.local_rows(mesh, shape.rows)
         self._casts: dict[str, Any] = {}
         self._policy = policy
-        self._programs: dict[tuple[bool, bool, str], Any] = {}
+        self._programs: dict[tuple[bool, bool, str], ahead.Programs] = {}
         self.seconds_compiling = 0.0
 
-    def _run(
-        self, key: tuple[bool, bool, str], params: Any, frozen: Any, rows: batch.PackedBatch
-    ) -> Any:
-        """Starts a program on this process's rows; the first call compiles before it returns."""
-        rows = meshes.put(rows, self.mesh, self.shape.rows)
-        if key in self._programs:
-            return self._programs[key](params, frozen, rows)
-        start, (logit_norm, light, dtype) = time.perf_counter(), key
-        self._programs[key] = programs.stats_step(
-            self._policy, self.mesh, logit_norm=logit_norm, light=light, dtype=dtype
+    def _program(
+        self, key: tuple[bool, bool, str], wanted: Sequence[int], params: Any, frozen: Any
+    ) -> ahead.Programs:
+        """A program that is compiled for rows of these lengths."""
+        if key not in self._programs:
+            logit_norm, light, dtype = key
+            self._programs[key] = ahead.Programs(
+                programs.stats_step(
+                    self._policy, self.mesh, logit_norm=logit_norm, light=light, dtype=dtype
+                )
+            )
+        self.seconds_compiling += self._programs[key].compile(
+            wanted, lambda n: (params, frozen, ahead.rows_of(self.shape, n, self.mesh))
         )
-        started = self._programs[key](params, frozen, rows)
-        self.seconds_compiling += time.perf_counter() - start
-        return started
+        return self._programs[key]
 
     def _cast(self, weights: Any, dtype: str) -> Any:
         if dtype not in self._casts:
@@ -82,7 +84,7 @@ class Passes:
         shape = self.shape
         # The device is at work while the host takes what came before. But on CPUs two programs at
         # once may meet in another order on another process, and wait for each other for ever.
-        ahead = 0 if hosts.several() and jax.default_backend() == "cpu" else 1
+        at_once = 0 if hosts.several() and jax.default_backend() == "cpu" else 1
         length_N = pairs.row_lengths(shape.share)
         # Rows of the usual length, unless a pair is longer, as one may be that came later.
         longest = max(shape.row_length, int(length_N[index_P].max(initial=0)))
@@ -105,10 +107,14 @@ class Passes:
                 bar.update(int(real.sum()))
 
         started: collections.deque = collections.deque()
+        program = self._program(
+            (logit_norm, light, dtype), ahead.lengths(plan, length_N, shape), params, frozen
+        )
         batches = pipeline.batches(pairs, plan, shape.row_length, rows_L=self.rows_L, shape=shape)
         for pair_RS, rows in zip(plan, batches, strict=True):
-            started.append((pair_RS, self._run((logit_norm, light, dtype), params, frozen, rows)))
-            if len(started) > ahead:
+            given = meshes.put(rows, self.mesh, shape.rows)
+            started.append((pair_RS, program(rows.tokens_RT.shape[1], params, frozen, given)))
+            if len(started) > at_once:
                 take(*started.popleft())
         for one in started:
             take(*one)

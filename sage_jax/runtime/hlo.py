@@ -123,6 +123,8 @@ class Program:
     Args:
         text: of `jax.stages.Compiled.as_text()`.
         unknown_trips: from the path of a loop that ends by a condition on data to its trip count.
+        both_ways: a second attention kernel takes the keys ahead of each query, as in rows with
+            shared prompts.
 
     >>> text = '''HloModule m
     ... ENTRY %main (a: f32[2,3]) -> f32[2,4] {
@@ -134,8 +136,15 @@ class Program:
     48.0
     """
 
-    def __init__(self, text: str, *, unknown_trips: Callable[[str], float] = lambda _: 1.0):
+    def __init__(
+        self,
+        text: str,
+        *,
+        unknown_trips: Callable[[str], float] = lambda _: 1.0,
+        both_ways: bool = False,
+    ):
         self.computations, self.entry = _parse(text)
+        self.both_ways = both_ways
         self.unknown_trips = unknown_trips
         self.unknown_loops: list[str] = []
 
@@ -213,7 +222,7 @@ class Program:
                 channel = one.attribute(r"channel_id=(\d+)") if fused else None
                 sent[f"{found.kind} {channel}" if channel else f"{at.name} {one.name}"] = found
             if one.opcode == "custom-call":
-                cost = _custom_cost(one) or _attention_cost(at, one)
+                cost = _custom_cost(one) or _attention_cost(at, one, self.both_ways)
                 if cost is not None:
                     flops += times * cost[0]
                 elif "kernel" in one.rest or "tpu_custom_call" in one.rest:
@@ -376,11 +385,14 @@ def _custom_cost(one: Instruction) -> tuple[float, float] | None:
     return float(numbers.get("flops", 0)), float(numbers.get("bytes_accessed", 0))
 
 
-def _attention_cost(at: Computation, one: Instruction) -> tuple[float, float] | None:
+def _attention_cost(
+    at: Computation, one: Instruction, both_ways: bool
+) -> tuple[float, float] | None:
     """FLOPs of JAX's splash attention, which declares none; on the device that has most of them.
 
     The kernels skip blocks above the diagonal. A device that holds some of a row's queries has, in
-    the worst place, all keys before its first query and half of those beside its own. The gradient
+    the worst place, all keys before its first query and half of those beside its own. With a second
+    kernel for the keys ahead, all places have as many in both together. The gradient
     of queries takes three matrix products, that of keys and values four.
     """
     if "splash_m" not in one.name and "splash_m" not in one.source:
@@ -390,7 +402,8 @@ def _attention_cost(at: Computation, one: Instruction) -> tuple[float, float] | 
     if len(dims) < 2:
         return None
     *heads, queries, width = dims[0]  # rows and heads, or one row's heads
-    pairs = math.prod(heads) * queries * (dims[1][-2] - queries / 2)
+    keys = dims[1][-2]
+    pairs = math.prod(heads) * queries * (keys / 2 if both_ways else keys - queries / 2)
     which = f"{one.name} {one.source}"
     products = 4 if "dkv" in which else 3 if "_dq" in which else 2
     return 2.0 * width * pairs * products, 0.0

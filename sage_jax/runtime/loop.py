@@ -13,17 +13,18 @@ import hashlib
 import math
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sage_jax import config, curriculum, logprobs, noise, scores, step
+from sage_jax import batch, config, curriculum, logprobs, noise, scores, step
 from sage_jax.data import encode, pipeline, steps
 from sage_jax.report import progress, writers
 from sage_jax.runtime import (
+    ahead,
     checkpoint,
     counters,
     displacement,
@@ -108,7 +109,6 @@ class Trainer:
         self.counters = dataclasses.replace(self.spent)
         self.guard = displacement.Guard()
         self.say: Callable[[str], None] = print
-        self.compiled: set[int] = set()  # row lengths whose step has been compiled
         self.note: dict[str, str] = {}  # behind the progress
         self.pending: Pending | None = None
         self.clock = time.perf_counter()
@@ -122,7 +122,9 @@ class Trainer:
         self.state = jax.jit(
             lambda p: state.init_state(run, jax.tree.map(jnp.copy, p), tx), out_shardings=placed
         )(self.policy.params)
-        self.train_step = programs.train_step(run, self.policy, mesh, tx, self.loss, self.score_fn)
+        self.train_step = ahead.Programs(
+            programs.train_step(run, self.policy, mesh, tx, self.loss, self.score_fn)
+        )
 
     def _nll(self) -> tuple[np.float32, ...]:
         """The weight of the NLL term in the step to come, where it may change."""
@@ -406,7 +408,9 @@ class Trainer:
             ref_logps_N2=self.reference, rows_L=self.passes.rows_L, shape=shape,
         )  # fmt: skip
         with contextlib.closing(batches):
-            for pair_B, pair_RS, rows in zip(plan, placed, batches, strict=True):
+            self._compile(ahead.lengths(placed, length_N, shape))
+            for pair_B, pair_RS in zip(plan, placed, strict=True):
+                rows, waited = self._next_batch(batches)
                 now = self.counters.step
                 row = self.counters.row(len(self.pairs))
                 row["learning_rate"] = float(self.learning_rate[now])
@@ -421,18 +425,17 @@ class Trainer:
                     row["loss/nll_weight"] = float(nll[0])
                 given = meshes.put(rows, mesh, shape.rows)
                 length = rows.tokens_RT.shape[1]
-                if length not in self.compiled:
-                    self._flush()
-                    self.clock = time.perf_counter()
-                    self.say(f"compiling the step for rows of {length} tokens")
-                self.state, output = self.train_step(self.state, self.policy.frozen, given, *nll)
-                self._compiled(length)
+                self.state, output = self.train_step(
+                    length, self.state, self.policy.frozen, given, *nll
+                )
                 self._flush()  # the step before, while this one runs
+                self.counters.seconds_waiting += waited
                 flops = self.counters.count(pair_B[pair_B >= 0], self.flops_N)
                 room = shape.rows * length
                 row["perf/padding_fraction"] = 1 - length_N[pair_B[pair_B >= 0]].sum() / room
                 row["perf/scoring_fraction"] = self.counters.flops_scoring / self.counters.flops
                 row["perf/scoring_seconds_fraction"] = self.counters.scoring_seconds_fraction
+                row["perf/data_wait_fraction"] = self.counters.data_wait_fraction
                 self.pending = Pending(now, row, flops, pair_RS, output)
                 bar.update(1, self._notes())
                 if checkpoints.due(self.counters.step):
@@ -440,13 +443,29 @@ class Trainer:
                 if stopped():
                     return
 
-    def _compiled(self, length: int) -> None:
-        """The first call for a row length compiles before it returns; that is no time of a step."""
-        if length not in self.compiled:
-            now = time.perf_counter()
-            self.counters.seconds_compiling += now - self.clock
-            self.compiled.add(length)
-            self.clock = now
+    def _compile(self, wanted: Sequence[int]) -> None:
+        """Compiles the step for the row lengths of a round; that is no time of a step."""
+        new = self.train_step.missing(wanted)
+        if not new:
+            return
+        self._flush()
+        mesh, shape = self.passes.mesh, self.passes.shape
+        named = ", ".join(map(str, new))
+        self.say(f"compiling the train step for rows of {named} tokens")
+        seconds = self.train_step.compile(
+            new,
+            lambda length: (
+                self.state, self.policy.frozen, ahead.rows_of(shape, length, mesh), *self._nll()
+            ),
+        )  # fmt: skip
+        self.say(f"compiled in {progress.duration(seconds)}")
+        self.counters.seconds_compiling += seconds
+        self.clock = time.perf_counter()
+
+    def _next_batch(self, batches: Iterator[batch.PackedBatch]) -> tuple[batch.PackedBatch, float]:
+        """The next batch, and the seconds that it was waited for."""
+        start = time.perf_counter()
+        return next(batches), time.perf_counter() - start
 
     def _notes(self) -> str:
         return ", ".join(f"{name} {value}" for name, value in self.note.items())

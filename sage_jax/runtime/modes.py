@@ -200,12 +200,18 @@ def compile(
     steps: str = "",
     search: bool = True,
     json: bool = False,
+    **lengths: float,
 ) -> int:
-    """Compiles a run's steps for a topology that is not there; 3 when one does not fit."""
+    """Compiles a run's steps for a topology that is not there; 3 when one does not fit.
+
+    `lengths` are those of the pairs, see `compiler.run_mode`.
+    """
     from sage_jax.runtime import compile as compiler
 
     if workdir is not None:
         raise ValueError(f"--workdir={workdir}: the mode compile writes nothing. Leave it out.")
     if not topology:
         raise ValueError("--topology is missing. Example: --topology=v5e:4x4, or cpu:8.")
-    return compiler.run_mode(run, topology=topology, steps=steps, search=search, as_json=json)
+    return compiler.run_mode(
+        run, topology=topology, steps=steps, search=search, as_json=json, **lengths
+    )

@@ -3,8 +3,11 @@
 import dataclasses
 import json
 import math
+import pathlib
+import runpy
 
 import jax
+import numpy as np
 import pytest
 
 from sage_jax import __main__ as launcher
@@ -12,7 +15,7 @@ from sage_jax import config
 from sage_jax.models import catalog, decoder, sources
 from sage_jax.models import spec as specs
 from sage_jax.runtime import compile as compiler
-from sage_jax.runtime import compile_report, hlo
+from sage_jax.runtime import compile_report, hlo, planned
 
 TINY = specs.ModelSpec(vocab=64, d_model=32, d_ff=64, layers=2, heads=4, kv_heads=2)
 CONFIG = """
@@ -52,6 +55,8 @@ def test_json_says_what_each_step_takes(config_file, capsys):
     model = decoder.Model(TINY)
     tokens, pairs = 16 * 2 * 32, 16 * 2 * 32 * 33 / 2
     assert train["model_flops"] == 3 * model.forward_flops(tokens, pairs)
+    assert found["pairs"].startswith("every sequence 32 tokens long")
+    assert train["computed_per_pair"] == 2 * 32 and train["padding"] == 0
     assert {"all-gather", "all-reduce"} <= {c["kind"] for c in train["collectives"]}
 
 
@@ -90,6 +95,52 @@ def test_the_largest_batch_fits_and_one_step_more_does_not(config_file, monkeypa
     assert tried <= 3
 
 
+def steps_of(config_file, **settings) -> compiler.Lowered:
+    run = config.resolve(launcher.parse(["compile", f"--config={config_file}"])[1])
+    run = config.replace(run, **{"data.max_length": 512, "train.batch_pairs": 256, **settings})
+    mesh = compiler.make_mesh(run, compiler.target("cpu:8"))
+    pairs = planned.pairs(512, length_mean=100.0, prompt_share=0.4)
+    return compiler.make_step("train", run, mesh, pairs)
+
+
+def test_rows_are_planned_for_the_stated_lengths(config_file):
+    padded = steps_of(config_file, **{"data.packing": False, "data.share_prompts": "off"})
+    packed = steps_of(config_file, **{"data.share_prompts": "off"})
+    shared = steps_of(config_file)
+    assert [one.pairs for one in (padded, packed, shared)] == [256] * 3
+    assert (padded.shared, packed.shared, shared.shared) == (False, False, True)
+    # a pair has two answers of 60 tokens and one or two prompts of 40; a few are cut
+    assert packed.tokens == padded.tokens == pytest.approx(256 * 200, rel=0.01)
+    assert shared.tokens == pytest.approx(256 * 160, rel=0.01)
+    assert padded.rows[0] == 256 and 600 < padded.rows[1] <= 1024
+    for one in (packed, shared):  # 32 pairs on each of the 8 devices
+        assert one.rows[0] % 8 == 0 and 1 < math.prod(one.rows) / one.tokens < 1.25
+    ratio = shared.model_flops / packed.model_flops
+    # of the linear maps alone 0.8 of the layers, but all of the answers' logits
+    assert 0.8 < ratio < 0.95 and padded.model_flops == packed.model_flops
+
+
+def test_without_a_mean_every_sequence_is_as_long_as_it_may_be(config_file):
+    run = config.resolve(launcher.parse(["compile", f"--config={config_file}"])[1])
+    mesh = compiler.make_mesh(run, compiler.target("cpu:8"))
+    whole = compiler.make_step("train", run, mesh)
+    assert whole.tokens == math.prod(whole.rows) == 16 * 2 * 32 and not whole.shared
+    half = compiler.make_step("train", run, mesh, planned.pairs(32, prompt_share=0.5))
+    assert half.shared and half.tokens == 16 * (32 + 16)
+
+
+def test_lengths_are_those_that_were_asked_for():
+    found = planned.pairs(4096, length_mean=1000.0, length_sigma=0.5, prompt_share=0.4)
+    answer_N2 = found.lengths_N2 - found.start_N2
+    assert found.lengths_N2.mean() == pytest.approx(1000, rel=0.02)
+    assert found.start_N2.mean() == pytest.approx(400, rel=0.02)
+    assert np.log(answer_N2).std() == pytest.approx(0.5, rel=0.02)
+    assert found.lengths_N2.max() == 4096 and answer_N2.min() >= 1
+    np.testing.assert_array_equal(
+        found.lengths_N2, planned.pairs(4096, length_mean=1000.0, prompt_share=0.4).lengths_N2
+    )
+
+
 def report(used: float, machine: compiler.Target) -> compile_report.StepReport:
     one = compiler.Lowered("train", lambda: None, 1, 1, 1.0, 0.0, lambda _: 1.0)
     return dataclasses.replace(
@@ -108,6 +159,10 @@ def report(used: float, machine: compiler.Target) -> compile_report.StepReport:
         ([], "--topology is missing"),
         (["--topology=cpu:8", "--workdir=runs/x"], "writes nothing"),
         (["--topology=cpu:6"], "number of devices"),
+        (["--topology=cpu:8", "--length_mean=long"], "not a number"),
+        (["--topology=cpu:8", "--length_mean=99"], "data.max_length=32"),
+        (["--topology=cpu:8", "--length_sigma=0.3"], "needs --length_mean"),
+        (["--topology=cpu:8", "--prompt_share=1"], "not in [0, 1)"),
     ],
     ids=str,
 )
@@ -119,6 +174,16 @@ def test_mistakes_are_named(config_file, capsys, words, said):
 def test_only_compile_takes_its_flags(config_file, capsys):
     assert launcher.main(["train", f"--config={config_file}", "--topology=cpu:8"]) == 2
     assert "not a flag" in capsys.readouterr().err
+
+
+def test_the_document_has_the_tables_of_the_benchmark():
+    root = pathlib.Path(__file__).parents[2]
+    name = root / "benchmarks" / "compile_scaling.py"
+    benchmark = runpy.run_path(str(name))
+    found = json.loads(benchmark["RESULTS"].read_text())
+    lines = [line for _, lines in benchmark["tables"](found) for line in lines]
+    document = (root / "docs" / "scaling.md").read_text().splitlines()
+    assert [line for line in document if line.startswith("|")] == lines
 
 
 def test_a_name_has_shapes_and_no_weights():

@@ -38,7 +38,7 @@ needs_libtpu = pytest.mark.skipif(
 def named():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(catalog.SPECS, "of_this_test", SPEC)
-        patch.setattr(compiler, "row_shape", lambda run, mesh: SHAPE)
+        patch.setattr(compiler, "row_shape", lambda *_: SHAPE)
         patch.setattr(setup, "head_memory", lambda mesh: head.Memory())  # on every machine
         yield
 

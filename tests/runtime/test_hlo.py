@@ -1,5 +1,7 @@
 """Figures read from compiled text, against closed forms and counts by hand."""
 
+import textwrap
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,8 @@ from jax.sharding import PartitionSpec as P
 
 from sage_jax.runtime import chips, hlo
 from sage_jax.runtime import mesh as meshes
+
+KERNEL = 'custom_call_target="tpu_custom_call"'
 
 
 def text(fn, *shapes, **options) -> str:
@@ -156,3 +160,23 @@ def test_clocks_follow_from_the_peaks():
     for name, units in {"v5e": 4, "v5p": 8}.items():
         chip = chips.TPUS[name]
         assert chip.flops == pytest.approx(2 * units * 128**2 * chip.clock, rel=0.01)
+
+
+@pytest.mark.parametrize("both_ways", [False, True])
+def test_attention_counts_the_blocks_that_its_kernel_does_not_skip(both_ways):
+    rows, heads, queries, keys, width, place = 2, 3, 128, 512, 64, 3
+    text = f"""
+    HloModule m
+
+    ENTRY %main (q: bf16[2,3,128,64], k: bf16[2,3,512,64]) -> bf16[2,3,128,64] {{
+      %q = bf16[{rows},{heads},{queries},{width}]{{3,2,1,0}} parameter(0)
+      %k = bf16[{rows},{heads},{keys},{width}]{{3,2,1,0}} parameter(1)
+      %splash_mha_fwd.1 = bf16[2,3,128,64]{{3,2,1,0}} custom-call(%q, %k, %k), {KERNEL}
+      ROOT %splash_mha_fwd.2 = bf16[2,3,128,64]{{3,2,1,0}} custom-call(%q, %k, %k), {KERNEL}
+    }}"""
+    index = np.arange(keys)
+    seen = index[:, None] >= index  # of the last quarter of a row's queries, which sees most
+    behind, ahead = seen[place * queries :].sum(), seen.T[place * queries :].sum()
+    pairs = behind + ahead if both_ways else 2 * behind
+    found = hlo.Program(textwrap.dedent(text).lstrip(), both_ways=both_ways).totals()
+    assert found.flops == pytest.approx(4 * width * rows * heads * pairs, rel=0.01)

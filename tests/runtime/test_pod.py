@@ -71,7 +71,7 @@ class Processes:
     def said(self):
         return [file.read_text()[-3000:] for file in self.files]
 
-    def wait_for_rows(self, workdir, count, seconds=240):
+    def wait_for_rows(self, workdir, count, seconds=600):
         path, end = workdir / "metrics.jsonl", time.monotonic() + seconds
         while time.monotonic() < end:
             if path.exists() and path.read_text().count("\n") >= count:

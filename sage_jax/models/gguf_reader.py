@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sage_jax.models import decoder, names, rope, tensors
+from sage_jax.models import decoder, names, quantised, rope, tensors
 from sage_jax.models import spec as spec_lib
 
 _MUST_BE = {  # {architecture}.key: the only values that leave the outputs as we compute them
@@ -57,7 +57,9 @@ def _open(file: pathlib.Path, changed_ns: int) -> tuple[Any, dict[str, Any]]:
 
 
 def read(
-    file: pathlib.Path, place: tensors.Place | None = None
+    file: pathlib.Path,
+    place: tensors.Place | None = None,
+    how: quantised.How = quantised.FLOAT32,
 ) -> tuple[spec_lib.ModelSpec, decoder.Params]:
     """Reads a model.
 
@@ -65,9 +67,10 @@ def read(
       file: a GGUF file of a supported architecture, in any quantisation the `gguf` package can
         undo.
       place: where the parameters go, as in `models.load`.
+      how: how they are held, see `quantised.plan`.
 
     Returns:
-      The spec and float32 parameters.
+      The spec and the parameters.
 
     Raises:
       ValueError: for other architectures or quantisations, settings that would change the
@@ -94,7 +97,7 @@ def read(
         value = _dequantise(file, stored[row.gguf.format(*at)], rows)
         return value[(slice(None), *index[1:])]
 
-    return spec, tensors.assemble(spec, tensors.Source(shape, part), str(file), place)
+    return spec, tensors.assemble(spec, tensors.Source(shape, part), str(file), place, how)
 
 
 def _dequantise(file: pathlib.Path, tensor: Any, rows: Any = slice(None)) -> np.ndarray:

@@ -14,22 +14,28 @@ from typing import Any
 
 import numpy as np
 
-from sage_jax.models import decoder, gguf_reader, hf_config, names, sources, tensors
+from sage_jax.models import decoder, gguf_reader, hf_config, names, quantised, sources, tensors
 from sage_jax.models import spec as spec_lib
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def load(
-    path: str | os.PathLike[str], dtype: str = "float32", *, place: tensors.Place | None = None
+    path: str | os.PathLike[str],
+    dtype: str = "float32",
+    *,
+    place: tensors.Place | None = None,
+    hold: str = "float32",
 ) -> tuple[decoder.Model, decoder.Params]:
     """Loads a model.
 
     Args:
       path: a Hugging Face directory, a .gguf file, or `package:NAME[/INSIDE]`.
-      dtype: compute dtype, "float32" or "bfloat16"; parameters are float32 either way.
+      dtype: compute dtype, "float32" or "bfloat16".
       place: from the tree of the parameters' shapes to one of shardings; each process then reads
         and holds its own shards only. None: all of it, on the default device.
+      hold: how the parameters are held: "float32", to be trained, or frozen "bfloat16", "int8" or
+        "nf4", see `quantised.plan`. They are read and quantised matrix by matrix.
 
     Returns:
       The model and its parameters.
@@ -38,11 +44,11 @@ def load(
       ValueError: if nothing is there, the architecture is not supported, or tensors are missing,
         superfluous or of the wrong shape.
     """
-    where = sources.resolve(path)
+    where, how = sources.resolve(path), (hold, dtype)
     if where.is_file() and where.suffix == ".gguf":
-        spec, params = gguf_reader.read(where, place)
+        spec, params = gguf_reader.read(where, place, how)
     elif where.is_dir():
-        spec, params = _read_directory(where, place)
+        spec, params = _read_directory(where, place, how)
     else:
         raise ValueError(
             f"model path {str(where)!r} is neither a directory with config.json nor a .gguf file."
@@ -59,7 +65,7 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
 
 
 def _read_directory(
-    where: pathlib.Path, place: tensors.Place | None
+    where: pathlib.Path, place: tensors.Place | None, how: quantised.How
 ) -> tuple[spec_lib.ModelSpec, decoder.Params]:
     config_file = where / "config.json"
     if not config_file.exists():
@@ -70,7 +76,7 @@ def _read_directory(
     generation_file = where / "generation_config.json"
     generation = read_json(generation_file) if generation_file.exists() else None
     spec = hf_config.from_hf(read_json(config_file), generation, origin=str(config_file))
-    return spec, _read_safetensors(where, spec, place)
+    return spec, _read_safetensors(where, spec, place, how)
 
 
 def _weight_files(where: pathlib.Path) -> list[pathlib.Path]:
@@ -94,7 +100,10 @@ def _weight_files(where: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _read_safetensors(
-    where: pathlib.Path, spec: spec_lib.ModelSpec, place: tensors.Place | None
+    where: pathlib.Path,
+    spec: spec_lib.ModelSpec,
+    place: tensors.Place | None,
+    how: quantised.How,
 ) -> decoder.Params:
     import safetensors
 
@@ -120,4 +129,4 @@ def _read_safetensors(
             lambda row, at: tuple(opened(row, at).get_shape()),
             lambda row, at, index: np.asarray(opened(row, at)[index], np.float32),
         )
-        return tensors.assemble(spec, source, str(where), place)
+        return tensors.assemble(spec, source, str(where), place, how)

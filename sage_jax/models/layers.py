@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from sage_jax import head
-from sage_jax.models import attention, lora, moe, rope
+from sage_jax.models import attention, lora, moe, quantised, rope
 from sage_jax.models import spec as spec_lib
 
 Rotation = tuple[jax.Array, jax.Array]  # cos and sin, float32 [..., B, T, 1, W]
@@ -177,7 +177,10 @@ def norm(spec: spec_lib.ModelSpec, dtype: Any, name: str) -> RMSNorm:
 
 
 class Linear(nn.Module):
-    """A linear map with float32 parameters, and its adapter where the parameters hold one.
+    """A linear map, and its adapter where the parameters hold one.
+
+    Its weights are float32 at first; frozen ones may be bfloat16, or the leaves of `quantised` in
+    the place of the kernel.
 
     The leading axes of the input are merged for the product: XLA's CPU backend runs the kernel's
     gradient three times slower when it contracts over two axes. Merging keeps a sharded row axis
@@ -191,20 +194,24 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        first = nn.initializers.variance_scaling(self.gain, "fan_in", "truncated_normal")
-        kernel = self.param("kernel", first, (x.shape[-1], self.features), jnp.float32)
         flat = x.astype(self.dtype).reshape(-1, x.shape[-1])
-        out = jax.lax.dot_general(flat, kernel.astype(self.dtype), (((1,), (0,)), ((), ())))
-        if self.has_variable("params", "lora_a"):
-            own: dict[str, jax.Array] = {
-                name: self.get_variable("params", name)
-                for name in lora.LEAVES
-                if self.has_variable("params", name)
-            }
-            out = lora.delta(flat, out, own, kernel)
+        if base := self._present(quantised.LEAVES):
+            out = quantised.matmul(flat, base)
+        else:
+            first = nn.initializers.variance_scaling(self.gain, "fan_in", "truncated_normal")
+            kernel = self.param("kernel", first, (x.shape[-1], self.features), jnp.float32)
+            base = {"kernel": kernel}
+            out = jax.lax.dot_general(flat, kernel.astype(self.dtype), (((1,), (0,)), ((), ())))
+        if own := self._present(lora.LEAVES):
+            out = lora.delta(flat, out, own, base)
         if self.bias:
             out += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         return out.reshape(*x.shape[:-1], self.features)
+
+    def _present(self, names: tuple[str, ...]) -> dict[str, jax.Array]:
+        """Those of the leaves that the parameters hold."""
+        found = (name for name in names if self.has_variable("params", name))
+        return {name: self.get_variable("params", name) for name in found}
 
 
 def dense(features: int, *, bias: bool | None, name: str, dtype: Any, gain: float = 1.0) -> Linear:

@@ -2,7 +2,8 @@
 
 An adapter of the linear map `layers/attention/q` are the leaves `lora_a` [L, in, K], `lora_b`
 [L, K, out] and, with DoRA, `lora_norm` [L, out] under the same path (K: the rank). `join` lays them
-over the frozen tree, where the layers find them; without them the same model is the base.
+over the frozen tree, where the layers find them; without them the same model is the base. The
+frozen tree may be held in 8 or 4 bits (QLoRA), see `quantised`.
 
 Source: Hu et al. 2021 (arXiv 2106.09685); rank-stabilised scale: Kalajdzievski 2023 (arXiv
 2312.03732); DoRA: Liu et al. 2024 (arXiv 2402.09353).
@@ -11,12 +12,16 @@ Source: Hu et al. 2021 (arXiv 2106.09685); rank-stabilised scale: Kalajdzievski 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from sage_jax.models import quantised
 
 Params = Any  # nested dict of arrays
 LEAVES = ("lora_a", "lora_b", "lora_norm")
@@ -54,8 +59,8 @@ class Lora:
 
 
 def walk(tree: Params, path: str = "") -> Any:
-    """(path, dict) of every node that holds a `kernel` or an adapter."""
-    if "kernel" in tree or "lora_a" in tree:
+    """(path, dict) of every node that holds a `kernel`, quantised or not, or an adapter."""
+    if "kernel" in tree or "lora_a" in tree or quantised.kind(tree):
         yield path, tree
         return
     for name, child in tree.items():
@@ -71,12 +76,16 @@ def targets(base: Params, lora: Lora) -> dict[str, Any]:
       lora: the adapter; `targets` is searched in names such as "attention/q" and "mlp/down".
 
     Returns:
-      Their kernels by path, sorted.
+      The shapes of their kernels by path, sorted.
 
     Raises:
       ValueError: nothing matches.
     """
-    linear = {path: node["kernel"] for path, node in walk(base) if LINEAR.match(path)}
+    linear = {
+        path: jax.ShapeDtypeStruct(quantised.kernel_shape(node), jnp.float32)
+        for path, node in walk(base)
+        if LINEAR.match(path)
+    }
     linear = {path: kernel for path, kernel in linear.items() if len(kernel.shape) == 3}
     names = {path: path.removeprefix("layers/") for path in sorted(linear)}
     found = {path: linear[path] for path, name in names.items() if re.search(lora.targets, name)}
@@ -115,7 +124,7 @@ def init(key: jax.Array, base: Params, lora: Lora) -> Params:
     {'lora_a': (2, 4, 3), 'lora_b': (2, 3, 6)}
     """
     out: Params = {}
-    found = targets(base, lora)
+    found, nodes = targets(base, lora), dict(walk(base))
     for number, (path, kernel) in enumerate(found.items()):
         count, wide, narrow = kernel.shape
         bound = wide**-0.5  # PEFT's: Kaiming with a = sqrt(5)
@@ -127,9 +136,17 @@ def init(key: jax.Array, base: Params, lora: Lora) -> Params:
             "lora_b": jnp.zeros((count, lora.rank, narrow)),
         }  # fmt: skip
         if lora.dora:
-            node["lora_norm"] = column_norm(jnp.asarray(kernel, jnp.float32))
+            # Layer by layer: of a quantised base, one kernel at a time.
+            node["lora_norm"] = jax.lax.map(lambda x: column_norm(_kernel(x)), nodes[path])
         put(out, path, node)
     return out
+
+
+def _kernel(node: Params) -> jax.Array:
+    """The kernel of a node, float32."""
+    if quantised.kind(node):
+        return quantised.dequantise(node)
+    return jnp.asarray(node["kernel"], jnp.float32)
 
 
 def column_norm(kernel: jax.Array) -> jax.Array:
@@ -168,14 +185,16 @@ def lay(base: Params, adapter: Params) -> Params:
     return out
 
 
-def delta(x: jax.Array, plain: jax.Array, node: dict[str, jax.Array], kernel: jax.Array):
+def delta(
+    x: jax.Array, plain: jax.Array, node: dict[str, jax.Array], base: dict[str, jax.Array]
+) -> jax.Array:
     """The output of a linear map with its adapter.
 
     Args:
       x: inputs [N, in], in the compute dtype.
       plain: `x @ kernel`.
       node: `lora_a`, `lora_b` (scaled), and `lora_norm` for DoRA.
-      kernel: [in, out], float32.
+      base: the kernel [in, out], as a node of the frozen tree.
 
     Returns:
       [N, out]. The length that DoRA divides by passes no gradient (section 4.3 of the paper).
@@ -184,7 +203,7 @@ def delta(x: jax.Array, plain: jax.Array, node: dict[str, jax.Array], kernel: ja
     out = plain + jnp.matmul(jnp.matmul(x, a), b)
     if "lora_norm" not in node:
         return out
-    moved = kernel.astype(jnp.float32) + jnp.matmul(node["lora_a"], node["lora_b"])
+    moved = _kernel(base) + jnp.matmul(node["lora_a"], node["lora_b"])
     length = jax.lax.stop_gradient(column_norm(moved))
     return out * (node["lora_norm"] / length).astype(x.dtype)
 
@@ -198,7 +217,8 @@ def merge(base: Params, adapter: Params, lora: Lora) -> Params:
       lora: what that is like.
 
     Returns:
-      The base with changed kernels, float32; what has no adapter is not copied.
+      The base with changed kernels, float32; what has no adapter is not copied. A quantised base
+      gives kernels of what it stands for, all of them, which are not those that it was made from.
 
     >>> base = {"layers": {"mlp": {"up": {"kernel": jnp.ones((1, 1, 1))}}}}
     >>> adapter = {"layers": {"mlp": {"up": {"lora_a": jnp.ones((1, 1, 1)),
@@ -207,15 +227,66 @@ def merge(base: Params, adapter: Params, lora: Lora) -> Params:
     >>> float(merged["layers"]["mlp"]["up"]["kernel"][0, 0, 0])
     3.0
     """
-    out = {name: merge(child, {}, lora) if isinstance(child, dict) else child
-           for name, child in base.items()}  # fmt: skip
-    if "lora_a" in adapter:
-        kernel = base["kernel"] + lora.scale * jnp.matmul(
-            adapter["lora_a"], adapter["lora_b"], precision=jax.lax.Precision.HIGHEST
-        )
-        if "lora_norm" in adapter:
-            kernel = kernel * (adapter["lora_norm"] / column_norm(kernel))[..., None, :]
-        return out | {"kernel": kernel}
-    for name, child in adapter.items():
-        out[name] = merge(base[name], child, lora)
-    return out
+    return _merge(base, adapter, lambda base, adapter: merged_kernel(base, adapter, lora))
+
+
+def merge_lazily(base: Params, adapter: Params, lora: Lora) -> Params:
+    """As `merge`, but every kernel that changes is a `Merged`, for `models.export`.
+
+    A model whose base is held in 4 bits need not fit into memory in 32.
+    """
+    return _merge(base, adapter, lambda base, adapter: Merged(base, adapter, lora))
+
+
+def _merge(base: Params, adapter: Params, kernel: Any) -> Params:
+    if "lora_a" in adapter or quantised.kind(base):
+        kept = {k: v for k, v in base.items() if k not in quantised.LEAVES}
+        return kept | {"kernel": kernel(base, adapter)}
+    return {
+        name: _merge(child, adapter.get(name, {}), kernel) if isinstance(child, dict) else child
+        for name, child in base.items()
+    }
+
+
+def merged_kernel(base: Params, adapter: Params, lora: Lora) -> jax.Array:
+    """The kernel of a linear map with its adapter, float32; `adapter` may be empty."""
+    kernel = _kernel(base)
+    if "lora_a" not in adapter:
+        return kernel
+    kernel = kernel + lora.scale * jnp.matmul(
+        adapter["lora_a"], adapter["lora_b"], precision=jax.lax.Precision.HIGHEST
+    )
+    if "lora_norm" in adapter:
+        kernel = kernel * (adapter["lora_norm"] / column_norm(kernel))[..., None, :]
+    return kernel
+
+
+class Merged:
+    """A merged kernel that is computed when a part of it is taken: `merged[layer]`.
+
+    Has the shape and sharding of the array that it stands for, float32.
+    """
+
+    def __init__(self, base: Params, adapter: Params, lora: Lora):
+        leaves = ("kernel", *quantised.LEAVES)
+        self.base = {name: leaf for name, leaf in base.items() if name in leaves}
+        self.adapter, self.lora = adapter, lora
+        self.shape = quantised.kernel_shape(base)
+        self.dtype = jnp.dtype(jnp.float32)
+        self.sharding = self.base[quantised.kind(base) or "kernel"].sharding
+
+    def __getitem__(self, at: tuple[int, ...]) -> jax.Array:
+        """The kernel at an index of its leading axes, whole on every device."""
+        whole = None
+        if isinstance(self.sharding, NamedSharding):
+            whole = NamedSharding(self.sharding.mesh, PartitionSpec())
+        return _merged_part(self.lora, whole)(self.base, self.adapter, at)
+
+
+@functools.lru_cache(maxsize=8)
+def _merged_part(lora: Lora, whole: NamedSharding | None) -> Any:
+    def part(base: Params, adapter: Params, at: tuple[int, ...]) -> jax.Array:
+        base, adapter = jax.tree.map(lambda leaf: leaf[at], (base, adapter))
+        return merged_kernel(base, adapter, lora)
+
+    return jax.jit(part, out_shardings=whole)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from sage_jax.models import attention
+from sage_jax.models import attention, quantised
 from sage_jax.models import spec as spec_lib
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -179,11 +179,15 @@ class _Kernels(nn.Module):
 
 
 class _Kernel(nn.Module):
-    """One stacked matrix under the name `kernel`."""
+    """One stacked matrix under the name `kernel`, or what `quantised` holds in its place."""
 
     shape: tuple[int, ...]
     first: Callable[..., jax.Array]
 
     @nn.compact
     def __call__(self) -> jax.Array:
+        found = [name for name in quantised.LEAVES if self.has_variable("params", name)]
+        if found:
+            held: dict[str, jax.Array] = {name: self.get_variable("params", name) for name in found}
+            return quantised.dequantise(held)
         return self.param("kernel", self.first, self.shape, jnp.float32)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sage_jax.models import decoder, names
+from sage_jax.models import decoder, names, quantised
 from sage_jax.models import spec as spec_lib
 
 # Derived from the config, or a copy: safe to leave unread.
@@ -102,23 +102,34 @@ class Source(NamedTuple):
 
 
 def assemble(
-    spec: spec_lib.ModelSpec, source: Source, origin: str, place: Place | None = None
+    spec: spec_lib.ModelSpec,
+    source: Source,
+    origin: str,
+    place: Place | None = None,
+    how: quantised.How = quantised.FLOAT32,
 ) -> decoder.Params:
     """Builds the parameter tree; each process reads the parts that its devices hold, and no more.
+
+    Of what is to be quantised, one matrix at a time is there in float32.
 
     Args:
       spec: the model.
       source: the file.
       origin: the file's name, for messages.
       place: where each leaf goes, from the tree of their shapes; None: whole on the default device.
+      how: how each parameter is held.
 
     Returns:
-      Nested dict of float32 arrays.
+      Nested dict of arrays.
 
     Raises:
       ValueError: if a tensor's shape is not the one the spec implies.
     """
-    shardings = None if place is None else dict(leaves(place(abstract(spec))))
+    whole = abstract(spec)
+    where: dict[str, Any] = {}
+    if place is not None:  # of kernels, and of the leaves that stand for them
+        held = jax.eval_shape(lambda params: quantised.hold(params, *how), whole)
+        where = dict(leaves(place(whole))) | dict(leaves(place(held)))
     params: dict[str, Any] = {}
     for row, shape in present(spec):
         for at in np.ndindex(*shape[: row.stacked]):
@@ -127,7 +138,11 @@ def assemble(
         *folders, leaf = row.path.split("/")
         for folder in folders:
             node = node.setdefault(folder, {})
-        node[leaf] = _leaf(row, shape, source, None if shardings is None else shardings[row.path])
+        kind = quantised.plan(row.path, *how)
+        if kind in quantised.KINDS:
+            node |= _quantised(row, shape, source, where, kind)
+        else:
+            node[leaf] = _leaf(row, shape, source, where.get(row.path), dtype=jnp.dtype(kind))
     return params
 
 
@@ -151,15 +166,21 @@ def _leaf(
     shape: tuple[int, ...],
     source: Source,
     sharding: jax.sharding.Sharding | None,
+    *,
+    dtype: Any = np.float32,
+    at: At | None = None,
 ) -> jax.Array:
-    """One parameter, whole or as the shards of this process."""
+    """One parameter, or what lies at an index of its leading axes, as this process's shards."""
     known: dict[tuple[tuple[int, int], ...], np.ndarray] = {}  # devices may hold the same part
+    first = () if at is None else tuple((i, i + 1) for i in at)
+    shape = shape[len(first) :]
 
     def part(index: Index | None) -> np.ndarray:
         assert index is not None
         ends = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
         if ends not in known:
-            known[ends] = _cut(row, ends, source)
+            found = _cut(row, (*first, *ends), source, dtype)
+            known[ends] = found.reshape(found.shape[len(first) :])
         return known[ends]
 
     if sharding is None:
@@ -167,13 +188,43 @@ def _leaf(
     return jax.make_array_from_callback(shape, sharding, part)
 
 
-def _cut(row: names.Tensor, ends: tuple[tuple[int, int], ...], source: Source) -> np.ndarray:
+def _quantised(
+    row: names.Tensor, shape: tuple[int, ...], source: Source, where: dict[str, Any], kind: str
+) -> dict[str, jax.Array]:
+    """The leaves that stand for a kernel, each matrix of it quantised where its shards lie."""
+    single = whole = where.get(row.path)
+    if isinstance(whole, NamedSharding):
+        single = NamedSharding(whole.mesh, PartitionSpec(*whole.spec[row.stacked :]))
+    stacked = jax.eval_shape(
+        lambda kernel: quantised.quantise(kernel, kind), jax.ShapeDtypeStruct(shape, jnp.float32)
+    )
+    folder = row.path.removesuffix("kernel")
+    placed = None if whole is None else {name: where[folder + name] for name in stacked}
+    empty = jax.jit(
+        lambda: {name: jnp.zeros(x.shape, x.dtype) for name, x in stacked.items()},
+        out_shardings=placed,
+    )
+
+    def put(held: dict[str, jax.Array], kernel: jax.Array, at: At) -> dict[str, jax.Array]:
+        new = quantised.quantise(kernel, kind)
+        return {name: leaf.at[at].set(new[name]) for name, leaf in held.items()}
+
+    into = jax.jit(put, donate_argnums=0, out_shardings=placed)
+    held = empty()
+    for at in np.ndindex(*shape[: row.stacked]):
+        held = into(held, _leaf(row, shape, source, single, at=at), at)
+    return held
+
+
+def _cut(
+    row: names.Tensor, ends: tuple[tuple[int, int], ...], source: Source, dtype: Any = np.float32
+) -> np.ndarray:
     """The part of a parameter between `ends`, one tensor of it in memory besides at a time."""
     outer, inner = ends[: row.stacked], ends[row.stacked :]
     index = [slice(*pair) for pair in (inner[::-1] if row.transposed else inner)]
     if row.total:
         index[0] = slice(index[0].start + row.start, index[0].stop + row.start)
-    out = np.empty([stop - start for start, stop in ends], np.float32)
+    out = np.empty([stop - start for start, stop in ends], dtype)
     for place in np.ndindex(*out.shape[: row.stacked]):
         at = tuple(i + start for i, (start, _) in zip(place, outer, strict=True))
         value = source.read(row, at, tuple(index))
@@ -184,7 +235,8 @@ def _cut(row: names.Tensor, ends: tuple[tuple[int, int], ...], source: Source) -
 def fetch(leaf: Any, at: tuple[int, ...] = ()) -> np.ndarray:
     """An array, or what lies at an index of its leading axes, on this host.
 
-    Nothing besides that part is gathered. With several processes every one must call it.
+    Nothing besides that part is gathered, or computed, of a `lora.Merged`. With several processes
+    every one must call it.
 
     >>> fetch(jnp.arange(6).reshape(3, 2), (1,)).tolist()
     [2, 3]
@@ -192,6 +244,8 @@ def fetch(leaf: Any, at: tuple[int, ...] = ()) -> np.ndarray:
     if isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding):
         whole = NamedSharding(leaf.sharding.mesh, PartitionSpec())
         return np.asarray(_part(whole)(leaf, at))
+    if not isinstance(leaf, np.ndarray | jax.Array):
+        return np.asarray(leaf[at])
     return np.asarray(leaf)[at]
 
 

@@ -22,12 +22,23 @@ import numpy as np
 
 from sage_jax import config, logprobs
 from sage_jax.data import steps as row_shapes
-from sage_jax.models import attention, catalog, decoder, hf, hf_config, lora, sources, spec
+from sage_jax.models import (
+    attention,
+    catalog,
+    decoder,
+    hf,
+    hf_config,
+    lora,
+    quantised,
+    sources,
+    spec,
+)
 from sage_jax.runtime import (
     ahead,
     chips,
     compile_report,
     counters,
+    forward,
     hlo,
     planned,
     programs,
@@ -141,6 +152,9 @@ def abstract_policy(run: config.Run, mesh: jax.sharding.Mesh) -> setup.Policy:
     base = placed(shapes, meshes.shardings(shapes, mesh))
     policy = setup.Policy(model, base, None, "", mesh)
     settings = setup.lora_settings(run)
+    if run.lora.base != config.Lora.base:
+        held = jax.eval_shape(lambda p: quantised.hold(p, run.lora.base, run.model.dtype), shapes)
+        shapes, base = held, placed(held, meshes.shardings(held, mesh))
     if run.lora.path:
         raise ValueError(
             f"config.lora.path={run.lora.path!r} names an adapter, whose files a dry run does not "
@@ -260,10 +274,8 @@ def make_step(
     dtype = run.selection.scoring_dtype if light else ""
     if dtype:
         beside += weights + device_bytes(frozen)
-        params, frozen = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=leaf.sharding),
-            (params, frozen),
-        )
+        cast = jax.eval_shape(functools.partial(forward.cast, dtype=dtype), (params, frozen))
+        params, frozen = placed(cast, meshes.shardings(cast, mesh))
     program = programs.stats_step(
         policy, mesh, logit_norm="logit_norm" in run.selection.stability, light=light, dtype=dtype
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ import numpy as np
 
 from sage_jax import config, curriculum, logprobs, losses, scores
 from sage_jax.data import encode, pack, pipeline, steps
+from sage_jax.models import quantised
 from sage_jax.report import progress
 from sage_jax.runtime import ahead, counters, hosts, programs, reference, rounds, setup
 from sage_jax.runtime import mesh as meshes
@@ -24,8 +26,7 @@ class Passes:
     def __init__(self, policy: setup.Policy, mesh: jax.sharding.Mesh, shape: steps.Shape):
         self.mesh, self.shape = mesh, shape
         self.rows_L = meshes.local_rows(mesh, shape.rows)
-        placed = meshes.shardings((policy.params, policy.frozen), mesh)
-        self._cast = jax.jit(cast_matrices, static_argnames="dtype", out_shardings=placed)
+        self._casts: dict[str, Any] = {}
         self._policy = policy
         self._programs: dict[tuple[bool, bool, str], ahead.Programs] = {}
         self.seconds_compiling = 0.0
@@ -45,6 +46,13 @@ class Passes:
             wanted, lambda n: (params, frozen, ahead.rows_of(self.shape, n, self.mesh))
         )
         return self._programs[key]
+
+    def _cast(self, weights: Any, dtype: str) -> Any:
+        if dtype not in self._casts:
+            fn = functools.partial(cast, dtype=dtype)
+            placed = meshes.shardings(jax.eval_shape(fn, weights), self.mesh)
+            self._casts[dtype] = jax.jit(fn, out_shardings=placed)
+        return self._casts[dtype](weights)
 
     def stats(
         self,
@@ -72,7 +80,7 @@ class Passes:
         """
         frozen = self._policy.frozen
         if dtype:
-            params, frozen = self._cast((params, frozen), dtype=dtype)
+            params, frozen = self._cast((params, frozen), dtype)
         shape = self.shape
         # The device is at work while the host takes what came before. But on CPUs two programs at
         # once may meet in another order on another process, and wait for each other for ever.
@@ -113,13 +121,22 @@ class Passes:
         return out
 
 
-def cast_matrices(params: Any, dtype: str) -> Any:
-    """Weights in the dtype of the matmuls; the scales of norms stay, as the model reads them."""
+def cast(weights: tuple[Any, Any], dtype: str) -> tuple[Any, Any]:
+    """Trained and frozen weights as a pass in `dtype` takes them.
+
+    Matrices in that dtype; the scales of norms and what is quantised stay, as the model reads them.
+    "int8": the linear maps in the layers, see `quantised.for_scoring`.
+    """
+    if dtype == "int8":
+        params, frozen = weights
+        return quantised.for_scoring(params), frozen and quantised.for_scoring(frozen)
 
     def one(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        return leaf if "norm" in meshes.leaf_name(path) else leaf.astype(jnp.dtype(dtype))
+        name = meshes.leaf_name(path)
+        kept = "norm" in name or name.rsplit("/", 1)[-1] in quantised.LEAVES
+        return leaf if kept else leaf.astype(jnp.dtype(dtype))
 
-    return jax.tree_util.tree_map_with_path(one, params)
+    return jax.tree_util.tree_map_with_path(one, weights)
 
 
 class Scored(NamedTuple):
@@ -145,6 +162,8 @@ class Scorer:
         loss: losses.Loss,
     ):
         self.run, self.loss, self.reference_N2 = run, loss, reference_N2
+        if run.selection.scoring_dtype == "int8":
+            quantised.library()  # not there: better now than after the first round
         self.passes, self.pairs = passes, pairs
         # Dozens of small operations, which take as long as a batch when they are not one program.
         self.score_fn = jax.jit(setup.make_score_fn(run, loss))

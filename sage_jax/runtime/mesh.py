@@ -19,6 +19,8 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from sage_jax.models import quantised
+
 P = PartitionSpec
 Rules = Sequence[tuple[str, PartitionSpec]]
 
@@ -211,13 +213,15 @@ def together(mesh: Mesh, dtype: Any) -> Callable[[Any], Any]:
     """Brings the weights together over all axes but `tensor`, in the dtype of the matmuls.
 
     For sampling, which reads all of them for every token: split, they would cross the network as
-    often. The scales of norms keep their dtype, as the model reads them.
+    often. The scales of norms and what is quantised keep their dtype, as the model reads them.
     """
 
     def gather(params: Any) -> Any:
         def one(path: tuple[Any, ...], leaf: jax.Array, where: NamedSharding) -> jax.Array:
             spec = P(*("tensor" if axes == "tensor" else None for axes in where.spec))
-            leaf = leaf if "norm" in leaf_name(path) else leaf.astype(dtype)
+            name = leaf_name(path)
+            kept = "norm" in name or name.rsplit("/", 1)[-1] in quantised.LEAVES
+            leaf = leaf if kept else leaf.astype(dtype)
             return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
 
         return jax.tree_util.tree_map_with_path(one, params, shardings(params, mesh))
@@ -393,7 +397,7 @@ def _fit(name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> 
         fitted = axes
         while shape[dimension] % _parts(fitted, mesh):
             fitted = fitted[:-1] if isinstance(fitted, tuple) else None
-        if _parts(fitted, mesh) != _parts(axes, mesh):
+        if _parts(fitted, mesh) != _parts(axes, mesh) and shape[dimension] > 1:
             where = "split over fewer" if _parts(fitted, mesh) > 1 else "left whole"
             _say_less(name, shape, dimension, str(axes), _parts(axes, mesh), where)
         kept.append(_short(fitted, mesh))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from sage_jax import config, losses, selection, step
-from sage_jax.models import lora
+from sage_jax.models import lora, quantised
 from sage_jax.runtime import mesh as meshes
 from sage_jax.runtime import setup, state
 
@@ -86,12 +86,15 @@ def stats_step(
         policy: the model, and its weights or their shapes.
         mesh: where everything lives.
         logit_norm, light: see `logprobs.make_logps_fn`.
-        dtype: of the matmuls; "" is the model's.
+        dtype: of the matmuls; "" is the model's. Others take weights that `forward.cast` prepared.
     """
     fn = policy.logps_fn(logit_norm=logit_norm, light=light, dtype=dtype)
+    params = policy.params
+    if dtype == "int8":
+        params = jax.eval_shape(quantised.for_scoring, params)
     return jax.jit(
         step.make_stats_step(fn),
-        in_shardings=(meshes.shardings(policy.params, mesh), None, meshes.batch_sharding(mesh)),
+        in_shardings=(meshes.shardings(params, mesh), None, meshes.batch_sharding(mesh)),
         out_shardings=meshes.replicated(mesh),
     )
 

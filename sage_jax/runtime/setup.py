@@ -17,7 +17,7 @@ import numpy as np
 
 from sage_jax import config, head, logprobs, losses, scores, step
 from sage_jax.data import encode, steps
-from sage_jax.models import attention, decoder, spec
+from sage_jax.models import attention, decoder, quantised, spec
 from sage_jax.models import lora as adapters
 from sage_jax.runtime import chips, hosts
 from sage_jax.runtime import mesh as meshes
@@ -47,9 +47,14 @@ class Policy:
         return adapters.join(self.frozen if frozen is None else frozen, params, self.lora)
 
     def merged(self, params: Any) -> Any:
-        """The same without adapters: weights of a model of its own."""
+        """The same without adapters: weights of a model of its own.
+
+        Those of a quantised base are computed when they are fetched, see `lora.Merged`.
+        """
         if self.lora is None:
             return params
+        if quantised.is_held(self.frozen):
+            return adapters.merge_lazily(self.frozen, params, self.lora)
         return jax.jit(functools.partial(adapters.merge, lora=self.lora))(self.frozen, params)
 
     @property
@@ -67,10 +72,14 @@ class Policy:
     ) -> logprobs.LogpsFn:
         """The function of `(params, frozen, batch)` that the steps take.
 
-        `light` is that of `logprobs.make_logps_fn`; `dtype` another one than the model's own. With
-        `penalty`, the load balance of a mixture of experts comes with the result.
+        `light` is that of `logprobs.make_logps_fn`; `dtype` another one than the model's own, of
+        parameters that `forward.cast` prepared. With `penalty`, the load balance of a mixture of
+        experts comes with the result.
         """
-        model = dataclasses.replace(self.model, dtype=dtype or self.model.dtype)
+        if dtype in decoder.DTYPES:  # int8 is in the parameters; all else stays as it is
+            model = dataclasses.replace(self.model, dtype=dtype)
+        else:
+            model = self.model
         body: Any = model.hidden_and_penalty if penalty else model.hidden
         return logprobs.make_logps_fn(
             lambda params, frozen, b: body(
@@ -156,7 +165,9 @@ def load_policy(run: config.Run, mesh: jax.sharding.Mesh, tokenizer: Any = None)
         model = decoder.Model(new_spec(run, tokenizer))
         params = meshes.init(model.init, mesh, jax.random.key(run.seed))
     else:
-        model, params = models.load(settings.path, dtype=settings.dtype, place=place)
+        model, params = models.load(
+            settings.path, dtype=settings.dtype, place=place, hold=run.lora.base
+        )
     model = on_mesh(run, model, mesh)
     policy = Policy(model, params, tokenizer, models.fingerprint(params), mesh)
     return add_adapters(run, policy, mesh)

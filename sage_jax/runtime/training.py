@@ -12,6 +12,7 @@ import numpy as np
 
 from sage_jax import config
 from sage_jax.data import encode
+from sage_jax.models import quantised
 from sage_jax.report import writers
 from sage_jax.runtime import (
     counters,
@@ -213,7 +214,8 @@ def twin_run(name: str, run: config.Run, outcome: loop.Outcome, flops_N: np.ndar
 def _describe(run: config.Run, parts: _Parts, workdir: pathlib.Path) -> None:
     policy = parts.policy
     size = sum(x.size for x in jax.tree.leaves(policy.params))
-    below = sum(x.size for x in jax.tree.leaves(policy.frozen))
+    below = quantised.parameters(policy.frozen) / 1e6
+    frozen = f" on {below:.2f} M frozen ones, held in {run.lora.base}" if below else ""
     pairs, held = parts.pairs, parts.problems
     unit = "rows" if run.loss.name == "sft" else "pairs"
     lost = [f"{n} {why}" for why, n in pairs.dropped.items() if n]
@@ -221,7 +223,7 @@ def _describe(run: config.Run, parts: _Parts, workdir: pathlib.Path) -> None:
     left_out = f"; left out: {', '.join(lost)}" if lost else ""
     lines = [
         ("model", f"{run.model.path}: {parts.policy.model.spec.family}, {size / 1e6:.2f} M "
-                  "parameters" + (f" on {below / 1e6:.2f} M frozen ones" if below else "")),
+                  f"parameters{frozen}"),
         ("data", f"{len(pairs)} {unit}, {pairs.lengths_N2.sum() / len(pairs):.0f} tokens each"
                  f"{left_out}"),
     ]  # fmt: skip
@@ -253,6 +255,7 @@ def export(directory: pathlib.Path, run: config.Run, policy: setup.Policy, param
     models.export(
         directory, policy.model, policy.merged(params), tokenizer=policy.tokenizer,
         dtype=run.export.dtype, check=run.export.check,
+        computes=policy.whole(params) if quantised.is_held(policy.frozen) else None,
     )  # fmt: skip
     if policy.lora is not None:
         peft_files.write(

@@ -15,7 +15,7 @@ import optax
 import pytest
 
 from sage_jax import batch, logprobs, losses, models, step
-from sage_jax.models import lora, peft_files, tensors
+from sage_jax.models import lora, peft_files, quantised, tensors
 from sage_jax.runtime import mesh as meshes
 
 SPEC = models.ModelSpec(
@@ -65,8 +65,19 @@ def test_a_new_adapter_changes_no_bit(model, base, kind):
         np.testing.assert_array_equal(adapted, plain)
 
 
-def test_the_first_loss_against_the_model_without_adapter_is_ln_2(model, base, kind):
+@pytest.mark.parametrize(
+    ("kind", "hold"),
+    [(kind, "float32") for kind in KINDS] + [("plain", how) for how in ("bfloat16", "int8", "nf4")],
+    indirect=["kind"],
+)
+def test_the_first_loss_against_the_model_without_adapter_is_ln_2(model, base, kind, hold):
     """And its rewards are 0: the reference is the same model with the adapter left out."""
+    if hold in quantised.KINDS:
+        try:
+            quantised.library()
+        except ValueError as e:
+            pytest.skip(str(e))
+    base = quantised.hold(base, hold)
     adapter = lora.init(jax.random.key(1), base, kind)
     rows = batch.empty(2, 24, 1)
     for row in range(2):

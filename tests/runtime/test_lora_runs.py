@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import pathlib
+import statistics
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 
 from sage_jax import __main__ as launcher
 from sage_jax import config, models
-from sage_jax.models import lora, peft_files, tensors
+from sage_jax.models import lora, peft_files, quantised, tensors
 from sage_jax.runtime import compile as compiler
 from sage_jax.runtime import interrupt, setup
 from sage_jax.runtime import mesh as meshes
@@ -25,6 +26,7 @@ SMALL = {
     "selection.keep": 0.5, "selection.uniform_share": 0.5, "selection.refresh": 0.5,
     "selection.scoring_dtype": "bfloat16", "eval.max_new_tokens": 8,
 }  # fmt: skip
+QLORA = {"lora.base": "nf4", "optim.lr": 1e-2}
 LORA = {"lora.rank": 4, "lora.targets": "attention/[qv]$|mlp/up"}
 
 
@@ -116,6 +118,91 @@ def test_an_adapter_is_a_starting_point_and_its_own_reference(run, tmp_path, cap
         "selection.refresh": -1.0, "selection.scoring_dtype": "", "selection.guard": "off",
     })) == 0  # fmt: skip
     assert (tmp_path / "scored" / "selected.jsonl").read_text()
+
+
+@pytest.fixture(scope="module")
+def four_bits(tmp_path_factory):
+    try:
+        quantised.library()
+    except ValueError as e:
+        pytest.skip(str(e))
+    where = tmp_path_factory.mktemp("nf4") / "run"
+    assert launcher.main(command("train", where, **LORA, **QLORA)) == 0
+    return where
+
+
+@pytest.mark.slow
+def test_a_run_on_a_base_in_four_bits_lowers_the_loss_from_ln_2(four_bits):
+    rows = rows_of(four_bits)
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert rows[0]["rewards/margins"] == pytest.approx(0, abs=1e-6)
+    assert rows[0]["eval_kl"] == 0 and rows[-1]["eval_kl"] > 0
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert statistics.fmean(losses[2:]) < math.log(2) - 0.02
+
+
+@pytest.mark.slow
+def test_a_stopped_run_on_a_base_in_four_bits_goes_on_the_same(
+    four_bits, tmp_path, monkeypatch, capsys
+):
+    calls = []
+
+    @contextlib.contextmanager
+    def after_four():
+        yield lambda: calls.append(1) or len(calls) >= 4
+
+    settings = LORA | QLORA
+    with monkeypatch.context() as patch:
+        patch.setattr(interrupt, "stop_signal", after_four)
+        assert launcher.main(command("train", tmp_path / "run", **settings)) == 0
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert launcher.main(command("train", tmp_path / "run", **settings | {"lora.base": "int8"}))
+    assert "config.lora.base was 'nf4', now 'int8'" in capsys.readouterr().err
+    assert launcher.main(command("train", tmp_path / "run", **settings)) == 0
+    assert rows_of(tmp_path / "run") == rows_of(four_bits)
+    for file in ("export/model.safetensors", "adapter/adapter_model.safetensors"):
+        assert (tmp_path / "run" / file).read_bytes() == (four_bits / file).read_bytes()
+
+
+@pytest.mark.slow
+def test_the_export_of_a_base_in_four_bits_is_what_it_stands_for(four_bits):
+    """And its adapter, laid over the same base again, computes the same."""
+    where = "package:sage_jax/assets/quickstart"
+    (model, plain), (_, base) = models.load(where), models.load(where, hold="nf4")
+    _, merged = models.load(four_bits / "export")
+    settings, adapter = peft_files.read(four_bits / "adapter", model.spec)
+    tokens = np.arange(20)[None] % model.spec.vocab
+    adapted = jax.jit(model.logits)(lora.join(base, adapter, settings), tokens)
+    np.testing.assert_allclose(jax.jit(model.logits)(merged, tokens), adapted, atol=2e-4)
+    same = {
+        path
+        for (path, a), (_, b) in zip(tensors.leaves(plain), tensors.leaves(merged), strict=True)
+        if np.array_equal(a, b)
+    }
+    assert same == {p for p, _ in tensors.leaves(plain) if not quantised.QUANTISED.search(p)}
+
+
+@pytest.mark.slow
+def test_other_modes_take_an_adapter_on_a_base_in_four_bits(four_bits, tmp_path, capsys):
+    start = {"lora.path": four_bits / "adapter", "lora.base": "nf4"}
+    assert launcher.main(command("eval", tmp_path / "eval", **start)) == 0
+    last = rows_of(four_bits)[-1]
+    found = json.loads((tmp_path / "eval" / "eval.json").read_text())
+    assert found["eval_accuracy"] == last["eval_accuracy"]
+    assert launcher.main(command("score", tmp_path / "scored", **start, **{
+        "selection.refresh": -1.0, "selection.scoring_dtype": "", "selection.guard": "off",
+    })) == 0  # fmt: skip
+    assert (tmp_path / "scored" / "selected.jsonl").read_text()
+
+
+@pytest.mark.slow
+def test_a_base_in_eight_bits_is_scored_in_whole_numbers(four_bits, tmp_path):
+    settings = LORA | {"lora.base": "int8", "selection.scoring_dtype": "int8", "train.steps": 4,
+                       "eval.problems": "", "eval.every": 0, "eval.kl_prompts": 0}  # fmt: skip
+    assert launcher.main(command("train", tmp_path / "run", **settings)) == 0
+    rows = rows_of(tmp_path / "run")
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert all(math.isfinite(row["loss"]) for row in rows if "loss" in row)
 
 
 @pytest.mark.slow

@@ -436,7 +436,7 @@ def shares_prompts(run: config.Run, model: decoder.Model, pairs: encode.EncodedP
     if setting == "off" or (setting == "auto" and windows) or not pairs.lengths_N2[:, 1].all():
         return False
     saved = pairs.common_N.sum() / max(int(pairs.lengths_N2.sum()), 1)
-    return setting == "on" or saved >= LEAST_SHARED
+    return setting == "on" or bool(saved >= LEAST_SHARED)
 
 
 def row_shape(

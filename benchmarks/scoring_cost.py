@@ -46,6 +46,7 @@ WAYS: dict[str, dict[str, Any]] = {  # settings of config.selection; capped ones
     "refresh_50": {"refresh": 0.5},
     "refresh_100": {"refresh": 1.0},
     "bfloat16": {"refresh": 1.0, "scoring_dtype": "bfloat16"},
+    "int8": {"refresh": 1.0, "scoring_dtype": "int8"},
 }
 
 
@@ -226,8 +227,8 @@ def agreement(mine_P: np.ndarray, exact_P: np.ndarray) -> dict[str, float]:
     }
 
 
-def effects(job: Job, updates: int, seed: int) -> dict[str, dict[str, float]]:
-    """Ranks of a pool after some steps on uniform pairs, against those of an exact pass."""
+def after_steps(job: Job, updates: int, seed: int) -> loop.Trainer:
+    """The trainer after some steps on uniform pairs."""
     # Shares that lean by nothing: plain epochs, and every step still returns its margins.
     run = config.replace(
         job.run,
@@ -239,7 +240,14 @@ def effects(job: Job, updates: int, seed: int) -> dict[str, dict[str, float]]:
             run, pathlib.Path(workdir), policy=job.policy, passes=job.passes, pairs=job.pairs,
             start=job.start, reference=job.start.logps, evaluate=lambda _: {}, label="uniform",
         )  # fmt: skip
-        params = trainer.train(lambda: False).params
+        trainer.train(lambda: False)
+    return trainer
+
+
+def effects(job: Job, updates: int, seed: int) -> dict[str, dict[str, float]]:
+    """Ranks of a pool after some steps on uniform pairs, against those of an exact pass."""
+    trainer = after_steps(job, updates, seed)
+    params = trainer.state.params
     rng = np.random.default_rng(seed)
     index_P = rng.permutation(len(job.pairs))[: job.run.curriculum.pool_size]
     stats = job.passes.stats(params, job.pairs, index_P)

@@ -33,7 +33,9 @@ class Balance(NamedTuple):
 
 
 def balance_loss(balance: Balance) -> jax.Array:
-    """The load-balancing loss: least, namely K, when all experts get as many tokens.
+    """The load-balancing loss: K when all experts get as many tokens, more when few get most.
+
+    It may fall a little below K, where the experts that are chosen are not the more probable ones.
 
     Args:
       balance: sums over tokens, and over layers where its arrays have a leading axis.

@@ -77,6 +77,7 @@ def parse() -> argparse.Namespace:
 
 
 def work_ours(args: argparse.Namespace) -> None:
+    import common
     import jax
     import ours
 
@@ -101,6 +102,7 @@ def work_ours(args: argparse.Namespace) -> None:
     at, first = 0, None
     race.answer(
         dtype=dtype, padding_fraction=mine.padding, programs=sorted(programs),
+        machine=common.machine(),  # said by the process that has the device
         parameters=sum(x.size for x in jax.tree.leaves(state.params)),
     )  # fmt: skip
     for count in race.turns():

@@ -195,23 +195,18 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         flat = x.astype(self.dtype).reshape(-1, x.shape[-1])
-        if base := self._present(quantised.LEAVES):
+        if base := quantised.present(self):
             out = quantised.matmul(flat, base)
         else:
             first = nn.initializers.variance_scaling(self.gain, "fan_in", "truncated_normal")
             kernel = self.param("kernel", first, (x.shape[-1], self.features), jnp.float32)
             base = {"kernel": kernel}
             out = jax.lax.dot_general(flat, kernel.astype(self.dtype), (((1,), (0,)), ((), ())))
-        if own := self._present(lora.LEAVES):
+        if own := quantised.present(self, lora.LEAVES):
             out = lora.delta(flat, out, own, base)
         if self.bias:
             out += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         return out.reshape(*x.shape[:-1], self.features)
-
-    def _present(self, names: tuple[str, ...]) -> dict[str, jax.Array]:
-        """Those of the leaves that the parameters hold."""
-        found = (name for name in names if self.has_variable("params", name))
-        return {name: self.get_variable("params", name) for name in found}
 
 
 def dense(features: int, *, bias: bool | None, name: str, dtype: Any, gain: float = 1.0) -> Linear:

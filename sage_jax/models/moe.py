@@ -188,8 +188,6 @@ class _Kernel(nn.Module):
 
     @nn.compact
     def __call__(self) -> jax.Array:
-        found = [name for name in quantised.LEAVES if self.has_variable("params", name)]
-        if found:
-            held: dict[str, jax.Array] = {name: self.get_variable("params", name) for name in found}
+        if held := quantised.present(self):
             return quantised.dequantise(held)
         return self.param("kernel", self.first, self.shape, jnp.float32)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -67,6 +68,12 @@ def block(wide: int) -> int:
     """
     found = [n for n in range(LEAST_BLOCK, BLOCK + 1, 2) if wide % n == 0]
     return found[-1] if found else wide
+
+
+def present(module: Any, names: Iterable[str] = LEAVES) -> Node:
+    """Those of some leaves that the parameters of a Flax module hold."""
+    found = (name for name in names if module.has_variable("params", name))
+    return {name: module.get_variable("params", name) for name in found}
 
 
 def kind(node: Node) -> str | None:

@@ -109,4 +109,4 @@ def _prompts(share: float) -> str:
 
 def shares(run: config.Run, model: Any, found: Pairs) -> bool:
     """Whether a run with such pairs has rows with shared prompts, by data.share_prompts."""
-    return bool(setup.shares_prompts(run, model, found))  # type: ignore[arg-type]
+    return setup.shares_prompts(run, model, found)  # type: ignore[arg-type]

@@ -1,61 +1,52 @@
-"""Attention over key ranges by JAX's splash kernel for TPUs.
+"""Attention over key ranges by JAX's splash kernels for TPUs.
 
-The kernel knows a static mask (causal) and segment ids. Ranges that end at the query are segments:
-queries with the same first key. A row with shared prompts also has queries whose range begins at
-the query and ends at a later key. A second pass of the kernel, whose mask is the other triangle,
-gives their outputs.
+The kernels take a mask that is known when they are compiled, as a list of blocks and a function of
+two integers, a query's and a key's index. Both are made anew for each batch here: the integer of a
+query holds both ends of its range, and the list has the blocks that some query sees. So packed
+rows of many short segments cost what their segments cost, and rows with shared prompts need one
+pass. The rows of a device lie one after the other, since the list cannot have an axis for them.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from sage_jax.models import attention_blocks, attention_spread
 
 BLOCK = 512  # the largest block of queries and keys
-LANES = 128  # rows and heads are filled up to a multiple of this
+LANES = 128  # blocks and the width of heads are multiples of this
+LONGEST = 2**16  # keys of a call, whose two ends of a range fit into 32 bits
 
 
-@functools.lru_cache(maxsize=32)
-def _kernel(
-    heads: int, length: int, shards: int, window: int, ahead: bool, softcap: float, interpret: bool
-) -> Any:
-    """The kernel of a device with so many heads, and 1 / shards of a row's queries."""
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+def block_size(length: int) -> int:
+    """The largest block that fills up a row of so many tokens by little, a sixteenth of it."""
+    sizes = range(BLOCK, LANES, -LANES)
+    return next((b for b in sizes if -length % b <= length / 16), LANES)
 
-    block = next(b for b in (BLOCK, 384, 256, LANES) if (length // shards) % b == 0)
-    shape = (length, length)
-    mask: Any = splash.CausalMask(shape)
-    if ahead:
-        mask = splash.LocalMask(shape, (0, None), 0)
-    elif window:
-        mask = splash.LocalMask(shape, (window - 1, 0), 0)
-    sizes = splash.BlockSizes(
-        block_q=block, block_kv=block, block_kv_compute=block,
-        block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
-        block_q_dq=block, block_kv_dq=block,
-    )  # fmt: skip
-    make = functools.partial(
-        splash.make_splash_mha,
-        splash.MultiHeadMask([mask] * heads),
-        block_sizes=sizes,
-        head_shards=1,
-        q_seq_shards=shards,
-        attn_logits_soft_cap=softcap or None,
-        residual_checkpoint_name=attention_blocks.SAVED,
-        interpret=interpret,
-    )
-    # The kernel's arrays of block indices have to be concrete, also when the first call is traced;
-    # under Flax's scan `ensure_compile_time_eval` leaves tracers. A thread is in no trace.
-    with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        return jax.tree.map(np.asarray, thread.submit(make).result())
+
+def seen_blocks(first_RT: Any, last_RT: Any, keys: int, block: int) -> Any:
+    """Which blocks of keys some query of a block sees.
+
+    Args:
+      first_RT, last_RT: int [R, T], the range of every query, which holds the query itself; arrays
+        of NumPy or JAX, T a multiple of `block`.
+      keys: in a row.
+      block: queries and keys of a block.
+
+    Returns:
+      bool [R, T / block, keys / block, rounded up].
+    """
+    rows, length = first_RT.shape
+    low_RI1 = first_RT.reshape(rows, length // block, block).min(axis=-1)[..., None] // block
+    high_RI1 = last_RT.reshape(rows, length // block, block).max(axis=-1)[..., None] // block
+    block_J = np.arange(-(-keys // block))
+    return (block_J >= low_RI1) & (block_J <= high_RI1)
 
 
 def attend(
@@ -72,68 +63,190 @@ def attend(
     """As `attention.attend`; `kernel` names the mesh that the arrays are spread over.
 
     Raises:
-      ValueError: a window in rows with shared prompts, where positions are not indices.
+      ValueError: rows with shared prompts, and a window, for positions are not indices in them; or
+        rows longer than `LONGEST`.
     """
-    if window and visible.ahead_RT is not None:
+    rows, length, heads, _ = q_RTHE.shape
+    shared, long = visible.ahead_RT is not None, length > LONGEST
+    if shared and (window or long):
+        takes = f"no window ({window})" if window else f"at most {LONGEST} tokens, not {length},"
         raise ValueError(
-            f"attention='splash' has no window ({window}) in rows with shared prompts. Use "
+            f"attention='splash' has {takes} in rows with shared prompts. Use "
             f"data.share_prompts='off', or model.attention='blocks'."
         )
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+    first_RT = visible.first_RT
+    if window:
+        first_RT = jnp.maximum(first_RT, jnp.arange(length, dtype=jnp.int32) - (window - 1))
+    starts = (visible.first_RT, visible.first_RT) if long else ()
+    part = functools.partial(
+        _part, window=window if long else 0, softcap=softcap, interpret=kernel.interpret
+    )
+    given = (q_RTHE * scale, key_RTGE, value_RTGE, first_RT, visible.last_RT, *starts)
+    if kernel.mesh is None or kernel.mesh.size == 1:
+        return part(*given)
+    found = attention_spread.split(
+        kernel, rows=rows, length=length, heads=heads, groups=key_RTGE.shape[2]
+    )
+    array, tokens = found.spec(heads_at=2), found.spec()
+
+    def local(q, key, value, first, last, *starts):
+        key, value, *whole = (
+            attention_spread.gather(x, found.context, 1) for x in (key, value, *starts[1:])
+        )
+        return part(q, key, value, first, last, *starts[:1], *whole)
+
+    return jax.shard_map(
+        local,
+        mesh=kernel.mesh,
+        in_specs=(*[array] * 3, *[tokens] * (len(given) - 3)),
+        out_specs=array,
+        check_vma=False,
+    )(*given)
+
+
+def _part(
+    q_RTHE: jax.Array,
+    key_RCGE: jax.Array,
+    value_RCGE: jax.Array,
+    first_RT: jax.Array,
+    last_RT: jax.Array,
+    *starts: jax.Array,
+    **options: Any,
+) -> jax.Array:
+    """Attention of one device's queries to all keys of their rows; see `_rows`."""
+    rows, length, heads, width = q_RTHE.shape
+    block = block_size(length)
+
+    def filled(x: jax.Array, **how: Any) -> jax.Array:
+        more = [(0, -size % (block, 1, LANES)[n]) for n, size in enumerate(x.shape[1:])]
+        return jnp.pad(x, [(0, 0), *more], **how)
+
+    # Keys that fill up a row are in no range. Queries that do repeat the range of the last.
+    arrays = [filled(x) for x in (q_RTHE, key_RCGE, value_RCGE)]
+    arrays += [filled(x, mode="edge") for x in (first_RT, last_RT, *starts)]
+    run = functools.partial(_rows, block=block, **options)
+    together = max(1, LONGEST // arrays[1].shape[1])
+    together = max(n for n in range(1, min(rows, together) + 1) if rows % n == 0)
+    if together == rows:
+        out = run(*arrays)
+    else:
+        parts = [x.reshape(rows // together, together, *x.shape[1:]) for x in arrays]
+        out = jax.lax.map(lambda part: run(*part), parts)
+        out = out.reshape(rows, *out.shape[2:])
+    return out[:, :length, :, :width].reshape(rows, length, heads * width)
+
+
+def _rows(
+    q_RTHE: jax.Array,
+    key_RCGE: jax.Array,
+    value_RCGE: jax.Array,
+    first_RT: jax.Array,
+    last_RT: jax.Array,
+    *starts: jax.Array,
+    block: int,
+    window: int,
+    softcap: float,
+    interpret: bool,
+) -> jax.Array:
+    """One call of the kernels, for rows whose tokens fill blocks.
+
+    One row longer than `LONGEST` has ranges that end at the query, or it is refused: then queries
+    with the same first key are a segment. `starts` are these keys, of each query and of the
+    query at each key, and `window` is what the mask has to look at besides.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
     rows, length, heads, width = q_RTHE.shape
-    found = attention_spread.Split((), (), ())
-    if kernel.mesh is not None and kernel.mesh.size > 1:
-        found = attention_spread.split(
-            kernel, rows=rows, length=length, heads=heads, groups=key_RTGE.shape[2], unit=LANES
-        )
-    fill, wider = -length % LANES, -width % LANES
-    # Filled keys are no query's: their segment is one that no token has.
-    q, key, value = (
-        jnp.pad(x, ((0, 0), (0, fill), (0, 0), (0, wider))).transpose(0, 2, 1, 3)
-        for x in (q_RTHE * scale, key_RTGE, value_RTGE)
+    keys = key_RCGE.shape[1]
+    by_query, by_key = lists(seen_blocks(first_RT, last_RT, keys, block))
+    base_R1 = keys * jnp.arange(rows, dtype=jnp.int32)[:, None]
+    first, last = ((x + base_R1).reshape(-1) for x in (first_RT, last_RT))
+    ends, mask, segments = (first << 16) | last, _within, None
+    if starts:
+        ends, mask = last, _up_to(window)
+        segments = splash.SegmentIds(*(x.reshape(-1) for x in starts))
+    sizes = splash.BlockSizes(
+        block_q=block, block_kv=block, block_kv_compute=block,
+        block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
+        block_q_dq=block, block_kv_dq=block,
+    )  # fmt: skip
+    run = splash.SplashAttentionKernel(
+        by_query._replace(q_sequence=ends),
+        by_query._replace(q_sequence=ends),
+        by_key._replace(q_sequence=ends),
+        block_sizes=sizes,
+        is_mqa=False,
+        save_residuals=False,
+        mask_value=splash.DEFAULT_MASK_VALUE,
+        attn_logits_soft_cap=softcap or None,
+        residual_checkpoint_name=attention_blocks.SAVED,
+        mask_function=mask,
+        interpret=interpret,
     )
-    ids = [
-        None if x is None else jnp.pad(x, ((0, 0), (0, fill)), constant_values=-1)
-        for x in (visible.first_RT, visible.last_RT, visible.ahead_RT)
-    ]
-    index = jnp.broadcast_to(jnp.arange(length + fill, dtype=jnp.int32), (rows, length + fill))
-    runs = [
-        _kernel(
-            heads // kernel.size(found.heads), length + fill, kernel.size(found.context), window,
-            ahead, softcap, kernel.interpret,
-        )
-        for ahead in ((False,) if visible.ahead_RT is None else (False, True))
-    ]  # fmt: skip
+    heads_first = (
+        x.transpose(2, 0, 1, 3).reshape(x.shape[2], -1, width)
+        for x in (q_RTHE, key_RCGE, value_RCGE)
+    )
+    out = run(*heads_first, segments)
+    return out.reshape(heads, rows, length, width).transpose(1, 2, 0, 3)
 
-    def local(runs, q, key, value, index_RT, first_RT, last_RT, ahead_RT):
-        key, value = (attention_spread.gather(x, found.context, 2) for x in (key, value))
 
-        def one(run, id_RT):
-            segments = splash.SegmentIds(id_RT, attention_spread.gather(id_RT, found.context, 1))
-            return jax.vmap(run)(q, key, value, segments)
+def _within(ends: jax.Array, key: jax.Array) -> jax.Array:
+    """Mask of keys between both ends of a range, of 16 bits each."""
+    first = jax.lax.shift_right_logical(ends, jnp.full_like(ends, 16))
+    return (key >= first) & (key <= (ends & 0xFFFF))
 
-        out = one(runs[0], first_RT)
-        if ahead_RT is None:
-            return out
-        later_RT = last_RT > index_RT
-        return jnp.where(later_RT[:, None, :, None], one(runs[1], ahead_RT), out)
 
-    if found != attention_spread.Split((), (), ()):
-        blocks = NamedSharding(kernel.mesh, PartitionSpec(None, found.context or None))
-        array = PartitionSpec(found.rows or None, found.heads or None, found.context or None)
-        tokens = found.spec()
-        local = jax.shard_map(
-            local,
-            mesh=kernel.mesh,
-            in_specs=(
-                [run.manual_sharding_spec(blocks) for run in runs],
-                *[array] * 3,
-                *[tokens] * 4,
-            ),
-            out_specs=array,
-            check_vma=False,
-        )
-    out = local(runs, q, key, value, index, *ids)
-    out = out.transpose(0, 2, 1, 3)[:, :length, :, :width]
-    return out.reshape(rows, length, heads * width)
+@functools.cache  # the same function each time, or programs are compiled again
+def _up_to(window: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    def mask(last: jax.Array, key: jax.Array) -> jax.Array:
+        return (key <= last) & (key > last - window) if window else key <= last
+
+    return mask
+
+
+def lists(seen_RIJ: jax.Array) -> tuple[Any, Any]:
+    """What the kernels compute, by blocks of queries and by blocks of keys.
+
+    Args:
+      seen_RIJ: bool, blocks of queries before blocks of keys, of rows that lie one after the other.
+
+    Returns:
+      Two `MaskInfo` without a mask: which of each block's steps to run, [1, R * I, J] and
+      [1, I, R * J]; and which block to fetch for it. A step that does not run has the block of the
+      next one that does, so that it is there in time, and nothing is fetched for its own.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as info
+
+    rows, queries, keys = seen_RIJ.shape
+    next_ = _next(seen_RIJ.reshape(-1))
+    keys_RIJ = (next_ // (queries * keys) * keys + next_ % keys).reshape(seen_RIJ.shape)
+    seen_RJI = seen_RIJ.transpose(0, 2, 1)
+    queries_RJI = _next(seen_RJI) + queries * jnp.arange(rows, dtype=jnp.int32)[:, None, None]
+
+    def small(x: jax.Array, most: int) -> jax.Array:  # scalar memory is small
+        return x.astype(jnp.int8 if most < 2**7 else jnp.int16 if most < 2**15 else jnp.int32)
+
+    def made(fetched: jax.Array, run: jax.Array, most: int) -> Any:
+        return info.MaskInfo(small(fetched, most), None, small(run, 1), None, None)
+
+    def by_key(x_RJI: jax.Array) -> jax.Array:
+        return x_RJI.transpose(2, 0, 1).reshape(1, queries, rows * keys)
+
+    one = (1, rows * queries, keys)
+    return (
+        made(keys_RIJ.reshape(one), seen_RIJ.reshape(one), rows * keys),
+        made(by_key(queries_RJI), by_key(seen_RJI), rows * queries),
+    )
+
+
+def _next(seen: jax.Array) -> jax.Array:
+    """Along the last axis, the next true place, its own included; behind the last, the last.
+
+    >>> _next(jnp.array([False, True, False, True, False])).tolist()
+    [1, 1, 3, 3, 3]
+    """
+    place = jnp.arange(seen.shape[-1], dtype=jnp.int32)
+    last = jnp.max(jnp.where(seen, place, 0), axis=-1, keepdims=True)
+    after = jnp.where(seen, place, seen.shape[-1])
+    return jnp.minimum(jax.lax.cummin(after, axis=seen.ndim - 1, reverse=True), last)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from sage_jax.models import attention
+from sage_jax.models import attention, attention_tpu
 
 ROWS, LENGTH, HEADS, GROUPS, WIDTH = 2, 200, 4, 2, 24
 LAYOUTS = ("segments", "shared")
@@ -20,15 +20,15 @@ KERNELS = {
 
 
 @functools.cache
-def visible(layout: str, length: int = LENGTH) -> attention.Visible:
+def visible(layout: str, length: int = LENGTH, most: int = 20) -> attention.Visible:
     """Rows of segments with padding at the end; or of chosen reversed, prompt, rejected."""
     rng = np.random.default_rng(3)
     first = np.tile(np.arange(length), (ROWS, 1))
     last, position = first.copy(), np.zeros_like(first)
     for r in range(ROWS):
         at = 0
-        while at < length - 60:
-            chosen, prompt, rejected = rng.integers(1, 20, 3)
+        while at < length - 3 * most:
+            chosen, prompt, rejected = rng.integers(1, most, 3)
             if layout == "segments":
                 chosen = 0
             start, end = at + chosen, at + chosen + prompt + rejected
@@ -133,7 +133,7 @@ def check_over_eight_devices(name, sizes, *, layout="shared", length=LENGTH, row
     kernel = attention.Kernel(
         name, mesh, ("fsdp",), ("tensor",), ("context",), interpret=name != "dense"
     )
-    rows = rows if length == LENGTH else 2
+    rows = rows if length == LENGTH else max(2, sizes["fsdp"])
     arrays, slope = inputs(rows=rows, length=length)
     seen = jax.tree.map(lambda x: jnp.tile(x, (rows // ROWS, 1)), visible(layout, length))
     wanted = with_gradients(attention.Kernel("dense"), seen, arrays, slope, **options)
@@ -163,10 +163,86 @@ def test_blocks_hold_nothing_quadratic_in_the_row():
     assert compiled.memory_analysis().temp_size_in_bytes < length * length / 4
 
 
-def test_splash_refuses_a_window_where_positions_are_not_indices():
+@pytest.mark.parametrize("longest", [256, 600])  # a row at a time; two, of three
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_splash_takes_as_many_rows_at_a_time_as_its_integers_hold(layout, longest, monkeypatch):
+    monkeypatch.setattr(attention_tpu, "LONGEST", longest)
+    arrays, slope = inputs(rows=4)
+    seen = jax.tree.map(lambda x: jnp.tile(x, (2, 1)), visible(layout))
+    wanted = with_gradients(attention.Kernel("dense"), seen, arrays, slope)
+    for a, b in zip(with_gradients(KERNELS["splash"], seen, arrays, slope), wanted, strict=True):
+        assert error(a, b) < 1e-6
+
+
+@pytest.mark.parametrize("window", [0, 70])
+@pytest.mark.parametrize("context", [1, 2])
+def test_splash_has_segments_in_rows_longer_than_its_integers(window, context, monkeypatch):
+    monkeypatch.setattr(attention_tpu, "LONGEST", 128)
+    sizes = {"fsdp": 8 // context // 2, "context": context, "tensor": 2}
+    check_over_eight_devices("splash", sizes, layout="segments", length=256, window=window)
+
+
+def test_splash_says_what_rows_with_shared_prompts_do_not_have(monkeypatch):
     arrays, slope = inputs()
     with pytest.raises(ValueError, match=r"no window \(7\)"):
         with_gradients(KERNELS["splash"], visible("shared"), arrays, slope, window=7)
+    monkeypatch.setattr(attention_tpu, "LONGEST", 128)
+    with pytest.raises(ValueError, match="at most 128 tokens, not 200"):
+        with_gradients(KERNELS["splash"], visible("shared"), arrays, slope)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("part", [slice(0, 1), slice(1, 2), slice(0, 2)], ids=str)
+def test_splash_computes_the_blocks_that_are_seen_and_no_others(layout, part):
+    block, length = 128, 1024
+    seen = visible(layout, length, 200)
+    own = slice(part.start * length // 2, part.stop * length // 2)  # the queries of a device
+    ranges = [np.asarray(x)[:, own] for x in (seen.first_RT, seen.last_RT)]
+    mask = np.asarray(attention.mask(seen))[:, own]
+    cut = mask.reshape(ROWS, -1, block, length // block, block)
+    wanted_RIJ = cut.any(axis=(2, 4))
+    queries, keys = wanted_RIJ.shape[1:]
+    found = attention_tpu.seen_blocks(*ranges, length, block)
+    np.testing.assert_array_equal(found, wanted_RIJ)
+    assert found.mean() < 0.7
+    by_query, by_key = attention_tpu.lists(jnp.asarray(found))
+    for one in (by_query, by_key):
+        assert int((one.block_mask != 0).sum()) == wanted_RIJ.sum()
+        assert one.block_mask.shape == one.data_next.shape
+    # In the order of the kernels' steps, each that runs has its own block, and no other fetches.
+    steps = by_query.block_mask.reshape(ROWS, queries, keys)
+    np.testing.assert_array_equal(steps, wanted_RIJ)
+    fetched = np.asarray(by_query.data_next, int).reshape(-1)
+    r, _, j = np.unravel_index(np.arange(fetched.size), wanted_RIJ.shape)
+    assert_fetches(wanted_RIJ.reshape(-1), fetched, r * keys + j)
+    for c in range(ROWS * keys):
+        run = wanted_RIJ[c // keys, :, c % keys]
+        np.testing.assert_array_equal(by_key.block_mask[0, :, c], run)
+        own_blocks = c // keys * queries + np.arange(queries)
+        assert_fetches(run, np.asarray(by_key.data_next[0, :, c], int), own_blocks)
+
+
+def assert_fetches(run, fetched, own):
+    np.testing.assert_array_equal(fetched[run], own[run])
+    changes = np.count_nonzero(np.diff(fetched)) + 1
+    assert changes <= max(1, np.count_nonzero(np.diff(own[run])) + 1)
+
+
+def test_splash_does_not_touch_blocks_that_no_query_of_a_block_sees():
+    length = 640
+    assert attention_tpu.block_size(length) == 128
+    segment = jnp.asarray(np.repeat([[1, 2, 3, 4, 5], [1, 1, 2, 2, 2]], 128, axis=1), jnp.int32)
+    seen = attention.causal(segment, jnp.zeros_like(segment))
+    (q, key, value), slope = inputs(length=length)
+    poisoned = value.at[0, 128:256].set(jnp.nan)
+    out, *gradients = with_gradients(KERNELS["splash"], seen, (q, key, poisoned), slope)
+    # NaN times the zero of a mask is NaN: what is finite was not computed with it.
+    theirs = np.zeros((ROWS, length), bool)
+    theirs[0, 128:256] = True
+    for x in (out, *gradients):
+        bad = np.isnan(np.asarray(x)).reshape(ROWS, length, -1).any(axis=-1)
+        assert not bad[~theirs].any()
+        assert bad[theirs].all() or x is gradients[2]  # values are no part of their own gradient
 
 
 def test_the_platform_and_the_length_choose():

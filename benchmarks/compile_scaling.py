@@ -294,7 +294,9 @@ def main() -> None:
     parser.add_argument("--steps", default=",".join(STEPS), help="of the configs, by comma")
     parser.add_argument("--tables", action="store_true", help="print what is there already")
     parser.add_argument(
-        "--only", default="", help="configs, rows, rows/CONFIG, weak, weak/CHIPS, sums; by comma"
+        "--only",
+        default="",
+        help="configs, rows, rows/CONFIG, rows/CONFIG/KIND, weak, weak/CHIPS, sums; by comma",
     )
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     options = parser.parse_args()
@@ -319,7 +321,9 @@ def main() -> None:
             found["configs"][name] = one
             options.out.write_text(json.dumps(found, indent=1) + "\n")
     for name, topology in CONFIGS:
-        for kind in ROWS if "rows" in chosen or f"rows/{name}" in chosen else ():
+        for kind in ROWS:
+            if not {"rows", f"rows/{name}", f"rows/{name}/{kind}"} & set(chosen):
+                continue
             one = in_rows(name, topology, kind)
             found.setdefault("rows", {}).setdefault(name, {})[kind] = one
             options.out.write_text(json.dumps(found, indent=1) + "\n")

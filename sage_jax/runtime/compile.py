@@ -24,6 +24,7 @@ from sage_jax import config, logprobs
 from sage_jax.data import steps as row_shapes
 from sage_jax.models import (
     attention,
+    attention_tpu,
     catalog,
     decoder,
     hf,
@@ -221,6 +222,7 @@ class Lowered:
     model_flops: float  # of the whole batch, by the closed form, nothing recomputed
     beside_bytes: float  # on each device in a training, besides what the program sees
     trips: Callable[[str], float]  # of loops that end by a condition on data, by their path
+    keys: float = 0.0  # that attention computes for a query, see `planned.keys_computed`
     rows: tuple[int, int] = (0, 0)  # their number and their length; `sample` has none
     longer: tuple[int, ...] = ()  # row lengths of the few steps whose pairs do not fit into these
     shared: bool = False  # both answers of a pair share one prompt in their row
@@ -243,8 +245,20 @@ def make_step(
     flops = count * float(flops_N.mean())
     tokens = count * float(pairs.row_lengths(share).mean())
     answers = count * float((pairs.lengths_N2 - pairs.start_N2).sum(axis=1).mean())
-    trips = _trips(policy, shape, mesh, answers)
+    block = attention.BLOCK
+    if attention.Kernel(run.model.attention, mesh).chosen(shape.row_length) == "splash":
+        block = attention_tpu.block_size(shape.row_length // mesh.shape[meshes.CONTEXT])
+    keys = planned.keys_computed(
+        pairs,
+        shape,
+        min(run.train.batch_pairs, count),
+        parts=meshes.row_multiple(mesh),
+        stretches=mesh.shape[meshes.CONTEXT],
+        block=block,
+    )
+    trips = _trips(policy, shape, mesh, answers, keys)
     about: dict[str, Any] = {
+        "keys": keys,
         "rows": (shape.rows, shape.row_length),
         "longer": tuple(size for size in shape.sizes if size > shape.row_length),
         "shared": share,
@@ -308,18 +322,20 @@ def _sample_step(run: config.Run, policy: setup.Policy, mesh: jax.sharding.Mesh)
 
 
 def _trips(
-    policy: setup.Policy, shape: row_shapes.Shape, mesh: jax.sharding.Mesh, answers: float
+    policy: setup.Policy,
+    shape: row_shapes.Shape,
+    mesh: jax.sharding.Mesh,
+    answers: float,
+    keys: float,
 ) -> Callable[[str], float]:
-    """How often loops over data run: over the tokens of answers, evenly spread over the devices.
-
-    A query of the attention in blocks sees half its row at most.
-    """
+    """How often loops over data run: over the tokens of answers, evenly spread over the devices;
+    and over the keys that attention in blocks computes for a query."""
     parts = mesh.size // mesh.shape["tensor"]
     tokens = shape.rows * shape.row_length // parts
     all_ = logprobs.head_chunks(tokens, policy.model.spec.vocab, setup.head_memory(mesh).chunk)
     head = math.ceil(all_ * min(answers / parts / tokens, 1.0))
-    keys = max(shape.row_length / 2 / attention.BLOCK, 1.0)
-    return lambda path: keys if "attention" in path else head
+    blocks = max(keys / attention.BLOCK, 1.0)
+    return lambda path: blocks if "attention" in path else head
 
 
 def _forward_flops(model: decoder.Model, lengths: np.ndarray) -> float:
@@ -352,7 +368,7 @@ def compile_step(lowered: Lowered, machine: Target) -> compile_report.StepReport
     totals, note = None, ""
     try:
         text = compiled.as_text()
-        program = hlo.Program(text, unknown_trips=lowered.trips, both_ways=lowered.shared)
+        program = hlo.Program(text, unknown_trips=lowered.trips, keys=lowered.keys)
         totals = program.totals()
     except jax.errors.JaxRuntimeError as e:  # written by a libtpu that is newer than jaxlib
         said = str(e).splitlines()[0]

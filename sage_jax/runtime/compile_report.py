@@ -97,6 +97,7 @@ class StepReport:
     row_length: int = 0
     longer: tuple[int, ...] = ()  # row lengths of the few steps that need more; not compiled
     shared: bool = False  # both answers of a pair share one prompt
+    keys: float = 0.0  # that attention computes for a query, by the blocks of the planned rows
 
     @property
     def total_bytes(self) -> float:
@@ -235,7 +236,8 @@ def _rows(lowered: compiler.Lowered) -> dict[str, Any]:
     """What the report of a step says of its rows."""
     rows, length = lowered.rows
     return {
-        "rows": rows, "row_length": length, "longer": lowered.longer, "shared": lowered.shared
+        "rows": rows, "row_length": length, "longer": lowered.longer, "shared": lowered.shared,
+        "keys": lowered.keys,
     }  # fmt: skip
 
 
@@ -433,6 +435,7 @@ def _cost_rows(reports: Sequence[StepReport]) -> list[list[str]]:
         each("rows x tokens", lambda r: f"{r.rows} x {r.row_length}" if r.rows else "-"),
         each("padding", lambda r: f"{100 * r.padding:.1f} %" if r.rows else "-"),
         each("tokens computed a pair", lambda r: f"{r.computed_per_pair:.0f}" if r.rows else "-"),
+        each("keys computed a query", lambda r: f"{r.keys:.0f}" if r.keys else "-"),
         each("TFLOP", lambda r: f"{r.flops / 1e12:.4g}"),
         each("bytes to and from memory", lambda r: _gib(r.main_bytes)),
         each("arithmetic at the peak", of("compute")),

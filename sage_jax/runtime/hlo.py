@@ -123,8 +123,7 @@ class Program:
     Args:
         text: of `jax.stages.Compiled.as_text()`.
         unknown_trips: from the path of a loop that ends by a condition on data to its trip count.
-        both_ways: a second attention kernel takes the keys ahead of each query, as in rows with
-            shared prompts.
+        keys: that attention kernels without a cost of their own compute for a query.
 
     >>> text = '''HloModule m
     ... ENTRY %main (a: f32[2,3]) -> f32[2,4] {
@@ -141,10 +140,10 @@ class Program:
         text: str,
         *,
         unknown_trips: Callable[[str], float] = lambda _: 1.0,
-        both_ways: bool = False,
+        keys: float = 0.0,
     ):
         self.computations, self.entry = _parse(text)
-        self.both_ways = both_ways
+        self.keys = keys
         self.unknown_trips = unknown_trips
         self.unknown_loops: list[str] = []
 
@@ -222,7 +221,7 @@ class Program:
                 channel = one.attribute(r"channel_id=(\d+)") if fused else None
                 sent[f"{found.kind} {channel}" if channel else f"{at.name} {one.name}"] = found
             if one.opcode == "custom-call":
-                cost = _custom_cost(one) or _attention_cost(at, one, self.both_ways)
+                cost = _custom_cost(one) or _attention_cost(at, one, self.keys)
                 if cost is not None:
                     flops += times * cost[0]
                 elif "kernel" in one.rest or "tpu_custom_call" in one.rest:
@@ -385,28 +384,21 @@ def _custom_cost(one: Instruction) -> tuple[float, float] | None:
     return float(numbers.get("flops", 0)), float(numbers.get("bytes_accessed", 0))
 
 
-def _attention_cost(
-    at: Computation, one: Instruction, both_ways: bool
-) -> tuple[float, float] | None:
-    """FLOPs of JAX's splash attention, which declares none; on the device that has most of them.
+def _attention_cost(at: Computation, one: Instruction, keys: float) -> tuple[float, float] | None:
+    """FLOPs of JAX's splash attention, which declares none and takes its blocks from the data.
 
-    The kernels skip blocks above the diagonal. A device that holds some of a row's queries has, in
-    the worst place, all keys before its first query and half of those beside its own. With a second
-    kernel for the keys ahead, all places have as many in both together. The gradient
-    of queries takes three matrix products, that of keys and values four.
+    The gradient of queries takes three matrix products, that of keys and values four.
     """
-    if "splash_m" not in one.name and "splash_m" not in one.source:
+    if not keys or ("splash_m" not in one.name and "splash_m" not in one.source):
         return None
     given = [at.instructions[n].shapes[0] for n in one.operands if n in at.instructions]
-    dims = [a.dims for a in given if len(a.dims) in (3, 4) and a.dtype in ("bf16", "f32")]
+    dims = [a.dims for a in given if len(a.dims) == 3 and a.dtype in ("bf16", "f32")]
     if len(dims) < 2:
         return None
-    *heads, queries, width = dims[0]  # rows and heads, or one row's heads
-    keys = dims[1][-2]
-    pairs = math.prod(heads) * queries * (keys / 2 if both_ways else keys - queries / 2)
+    heads, queries, width = dims[0]
     which = f"{one.name} {one.source}"
     products = 4 if "dkv" in which else 3 if "_dq" in which else 2
-    return 2.0 * width * pairs * products, 0.0
+    return 2.0 * width * heads * queries * keys * products, 0.0
 
 
 def _collective(at: Computation, one: Instruction, times: float) -> Collective | None:

@@ -8,8 +8,11 @@ from typing import Any
 import numpy as np
 
 from sage_jax import config
+from sage_jax.data import pack, steps
+from sage_jax.models import attention, attention_tpu
 from sage_jax.runtime import setup
 
+STEPS = 4  # whose rows are laid out, to count what attention computes in them
 PAIRS = 2**16  # as many as in a usual data set, whose longest pair sets the length of rows
 SIGMA = 0.5
 
@@ -33,6 +36,10 @@ class Pairs:
     def row_lengths(self, shared: bool) -> np.ndarray:
         """int64 [N], tokens of each pair in a row, with its prompt once if `shared`."""
         return self.lengths_N2.sum(axis=1) - (self.common_N if shared else 0)
+
+    def sequence(self, i: int, side: int) -> tuple[np.ndarray, int]:
+        """Tokens of one side of pair i, all 0, and where its answer begins."""
+        return np.zeros(self.lengths_N2[i, side], np.int32), int(self.start_N2[i, side])
 
 
 def pairs(
@@ -110,3 +117,50 @@ def _prompts(share: float) -> str:
 def shares(run: config.Run, model: Any, found: Pairs) -> bool:
     """Whether a run with such pairs has rows with shared prompts, by data.share_prompts."""
     return setup.shares_prompts(run, model, found)  # type: ignore[arg-type]
+
+
+def keys_computed(
+    found: Pairs,
+    shape: steps.Shape,
+    batch_pairs: int,
+    *,
+    parts: int,
+    stretches: int,
+    block: int,
+) -> float:
+    """Keys that attention in blocks computes for a query, on the device with the most of them.
+
+    The rows of the first `STEPS` steps are laid out as a run lays them out, and the blocks counted
+    that some query of a block sees; without the windows that some layers have.
+
+    Args:
+      found: the pairs.
+      shape: of the rows that they lie in.
+      batch_pairs: pairs in a step.
+      parts: devices that share the rows of a batch.
+      stretches: devices that share the tokens of a row.
+      block: queries and keys of a block.
+
+    Returns:
+      The mean over the steps. Queries that fill up blocks count, too.
+    """
+    length_N = found.row_lengths(shape.share)
+    several = STEPS if len(found) > batch_pairs else 1
+    order = np.arange(several * batch_pairs) % len(found)
+    pair_KB = steps.split(length_N, order, shape.every, batch_pairs)
+    most = []
+    for pair_RS in steps.place(length_N, pair_KB, shape):
+        length = max(shape.row_length, shape.length_of(pair_RS, length_N))
+        one = pack.collate(found, pair_RS, length, share=shape.share)  # type: ignore[arg-type]
+        seen = one.shared or attention.causal(one.segment_RT, one.position_RT)
+        cut = (shape.rows, stretches, length // stretches)
+        ranges = (np.asarray(x).reshape(cut) for x in (seen.first_RT, seen.last_RT))
+        fill = ((0, 0), (0, 0), (0, -cut[2] % block))
+        first_RCT, last_RCT = (np.pad(x, fill, mode="edge") for x in ranges)
+        computed = []
+        for n in range(stretches):
+            ends = first_RCT[:, n], last_RCT[:, n]
+            blocks_RI = attention_tpu.seen_blocks(*ends, length, block).sum(axis=2)
+            computed.append(block * blocks_RI.reshape(parts, -1).mean(axis=1).max())
+        most.append(max(computed))
+    return float(np.mean(most))

@@ -12,6 +12,7 @@ import pytest
 
 from sage_jax import __main__ as launcher
 from sage_jax import config
+from sage_jax.data import steps
 from sage_jax.models import catalog, decoder, sources
 from sage_jax.models import spec as specs
 from sage_jax.runtime import compile as compiler
@@ -139,6 +140,39 @@ def test_lengths_are_those_that_were_asked_for():
     np.testing.assert_array_equal(
         found.lengths_N2, planned.pairs(4096, length_mean=1000.0, prompt_share=0.4).lengths_N2
     )
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_attention_is_counted_in_the_blocks_of_the_planned_rows(share):
+    found = planned.pairs(256, length_mean=100.0, prompt_share=0.4)
+    length_N, batch_pairs, block = found.row_lengths(share), 12, 32
+    shape = steps.shape(length_N, batch_pairs=batch_pairs, rows_multiple=2, unit=64, share=share)
+    pair_KB = steps.split(length_N, range(planned.STEPS * 12), shape.every, batch_pairs)
+    wanted = []
+    for pair_RS in steps.place(length_N, pair_KB, shape):
+        length = max(shape.row_length, shape.length_of(pair_RS, length_N))
+        mask_RTT = np.tile(np.eye(length, dtype=bool), (shape.rows, 1, 1))  # padding sees itself
+        for r in range(shape.rows):
+            at = 0
+            for i in pair_RS[r][pair_RS[r] >= 0]:
+                prompt = found.start_N2[i, 0]
+                chosen, rejected = found.lengths_N2[i] - prompt
+                if share:  # the chosen answer lies from right to left, before the prompt
+                    middle = at + chosen + np.arange(prompt)
+                    first = np.concatenate([middle, at + np.arange(chosen)[::-1]])
+                    second = at + chosen + np.arange(prompt + rejected)
+                else:
+                    first = at + np.arange(prompt + chosen)
+                    second = at + prompt + chosen + np.arange(prompt + rejected)
+                for place in (first, second):
+                    mask_RTT[r][np.ix_(place, place)] |= np.tri(len(place), dtype=bool)
+                at = second[-1] + 1
+        # devices, their rows, stretches, blocks of queries, queries, blocks of keys, keys
+        cut = (2, shape.rows // 2, 2, length // 2 // block, block, length // block, block)
+        seen = mask_RTT.reshape(cut).any(axis=(4, 6)).sum(axis=4).mean(axis=(1, 3))
+        wanted.append(block * seen.max())
+    keys = planned.keys_computed(found, shape, batch_pairs, parts=2, stretches=2, block=block)
+    assert keys == pytest.approx(np.mean(wanted), rel=1e-9)
 
 
 def report(used: float, machine: compiler.Target) -> compile_report.StepReport:

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sage_jax import config, head
-from sage_jax.data import steps
+from sage_jax.data import pack, steps
 from sage_jax.models import catalog, spec
 from sage_jax.runtime import compile as compiler
 from sage_jax.runtime import hlo, setup
@@ -23,7 +23,7 @@ WIDTH, FF, VOCABULARY, LENGTH, ROWS = 256, 640, 151_936, 2048, 8
 SPEC = spec.ModelSpec(
     vocab=VOCABULARY, d_model=WIDTH, d_ff=FF, layers=3, heads=2, kv_heads=2, tied=False
 )
-SHAPE = steps.Shape(LENGTH, ROWS, 1, ())
+SHAPE = steps.Shape(LENGTH, ROWS, 1, (pack.RowShape(LENGTH * ROWS, 1, ROWS),))
 SPLITS = {
     "fsdp": {"data": 1, "fsdp": 8},
     "all": {"data": 2, "fsdp": 2, "tensor": 2},
@@ -56,7 +56,8 @@ def program(topology: str, step: str, split: str) -> tuple[hlo.Program, jax.stag
     mesh = meshes.make_mesh(**SPLITS[split], devices=machine.devices)
     lowered = compiler.make_step(step, run, mesh)
     compiled = lowered.lower().compile()
-    return hlo.Program(compiled.as_text(), unknown_trips=lowered.trips), compiled
+    text = compiled.as_text()
+    return hlo.Program(text, unknown_trips=lowered.trips, keys=lowered.keys), compiled
 
 
 def gathered_activations(found: hlo.Program, split: dict[str, int]) -> list[hlo.Collective]:
@@ -136,6 +137,7 @@ def test_the_steps_for_a_tpu(step):
         if FF in s.dims
     ]
     assert weights and {dtype for dtype, _ in weights} == {"bf16"}
+    assert not found.totals().opaque  # the attention's cost is known
 
 
 @pytest.mark.slow

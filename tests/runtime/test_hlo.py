@@ -162,21 +162,20 @@ def test_clocks_follow_from_the_peaks():
         assert chip.flops == pytest.approx(2 * units * 128**2 * chip.clock, rel=0.01)
 
 
-@pytest.mark.parametrize("both_ways", [False, True])
-def test_attention_counts_the_blocks_that_its_kernel_does_not_skip(both_ways):
-    rows, heads, queries, keys, width, place = 2, 3, 128, 512, 64, 3
+def test_attention_counts_the_keys_that_it_is_told_of():
+    heads, queries, width = 3, 128, 64
     text = f"""
     HloModule m
 
-    ENTRY %main (q: bf16[2,3,128,64], k: bf16[2,3,512,64]) -> bf16[2,3,128,64] {{
-      %q = bf16[{rows},{heads},{queries},{width}]{{3,2,1,0}} parameter(0)
-      %k = bf16[{rows},{heads},{keys},{width}]{{3,2,1,0}} parameter(1)
-      %splash_mha_fwd.1 = bf16[2,3,128,64]{{3,2,1,0}} custom-call(%q, %k, %k), {KERNEL}
-      ROOT %splash_mha_fwd.2 = bf16[2,3,128,64]{{3,2,1,0}} custom-call(%q, %k, %k), {KERNEL}
+    ENTRY %main (i: s8[1,4,4], q: bf16[3,128,64], k: bf16[3,512,64]) -> bf16[3,128,64] {{
+      %i = s8[1,4,4]{{2,1,0}} parameter(0)
+      %q = bf16[{heads},{queries},{width}]{{2,1,0}} parameter(1)
+      %k = bf16[{heads},512,{width}]{{2,1,0}} parameter(2)
+      %splash_mha_fwd.1 = bf16[3,128,64]{{2,1,0}} custom-call(%i, %q, %k, %k), {KERNEL}
+      %splash_mha_dq.1 = bf16[3,128,64]{{2,1,0}} custom-call(%i, %q, %k, %k), {KERNEL}
+      ROOT %splash_mha_dkv.2 = bf16[3,512,64]{{2,1,0}} custom-call(%i, %q, %k, %k), {KERNEL}
     }}"""
-    index = np.arange(keys)
-    seen = index[:, None] >= index  # of the last quarter of a row's queries, which sees most
-    behind, ahead = seen[place * queries :].sum(), seen.T[place * queries :].sum()
-    pairs = behind + ahead if both_ways else 2 * behind
-    found = hlo.Program(textwrap.dedent(text).lstrip(), both_ways=both_ways).totals()
-    assert found.flops == pytest.approx(4 * width * rows * heads * pairs, rel=0.01)
+    text = textwrap.dedent(text).lstrip()
+    found = hlo.Program(text, keys=100.0).totals()
+    assert found.flops == (2 + 3 + 4) * 2 * width * heads * queries * 100 and not found.opaque
+    assert len(hlo.Program(text).totals().opaque) == 3

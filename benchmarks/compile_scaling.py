@@ -205,9 +205,14 @@ def config_table(one: dict) -> list[str]:
     return table("one step", one["steps"], rows)
 
 
-def rows_table(kinds: dict) -> list[str]:
-    """A config's train step with padded rows, packed ones, and ones with shared prompts."""
-    steps = [one["steps"]["train"] for one in kinds.values()]
+def rows_table(kinds: dict, before: bool = False) -> list[str]:
+    """A config's train step with padded rows, packed ones, and ones with shared prompts.
+
+    Args:
+        kinds: reports by kind of rows.
+        before: only what attention changes, for reports of before it took its blocks from the rows.
+    """
+    steps = [kinds[kind]["steps"]["train"] for kind in ROWS]
     first = steps[0]
 
     def row(label: str, text: Callable[[dict], str]) -> tuple[str, list[str]]:
@@ -220,6 +225,7 @@ def rows_table(kinds: dict) -> list[str]:
         row("rows x tokens", lambda s: f"{s['rows']} x {s['row_length']:,}"),
         row("padding", lambda s: f"{100 * s['padding']:.0f} %"),
         row("tokens computed a pair", lambda s: f"{s['computed_per_pair']:,.0f}"),
+        row("keys computed a query", lambda s: f"{s.get('keys', 0):,.0f}"),
         row("arithmetic at the peak", lambda s: f"{s['seconds']['compute']:.2f} s"),
         row("memory at its bandwidth", lambda s: f"{s['seconds']['memory']:.2f} s"),
         row("collectives over their links", lambda s: f"{s['seconds']['collectives']:.2f} s"),
@@ -238,6 +244,9 @@ def rows_table(kinds: dict) -> list[str]:
         row("MFU", mfu),
         row("together, GiB", lambda s: f"{s['total_bytes'] / GIB:.1f}"),
     ]  # fmt: skip
+    if before:
+        changed = ("arithmetic at the peak", "pairs/s", "pairs/s against padded", "MFU")
+        return table("before", ROWS, [one for one in rows if one[0] in changed])
     return table(f"{first['pairs']:.0f} pairs", ROWS, rows)
 
 
@@ -277,6 +286,8 @@ def tables(found: dict) -> list[tuple[str, list[str]]]:
     for name, kinds in found.get("rows", {}).items():
         mean = LENGTHS[name][1]
         out.append((f"{name}, sequences of {mean} tokens on average", rows_table(kinds)))
+        if name in found.get("rows_before", {}):
+            out.append((f"{name}, before", rows_table(found["rows_before"][name], before=True)))
     if found.get("weak"):
         out.append(("The same work a chip on 8 to 256 chips", weak_table(found["weak"])))
     if found.get("sums"):

@@ -98,6 +98,7 @@ class StepReport:
     longer: tuple[int, ...] = ()  # row lengths of the few steps that need more; not compiled
     shared: bool = False  # both answers of a pair share one prompt
     keys: float = 0.0  # that attention computes for a query, by the blocks of the planned rows
+    refused: bool = False  # by the compiler, for its size, which then is in `temporary_bytes`
 
     @property
     def total_bytes(self) -> float:
@@ -247,7 +248,8 @@ def too_large(
     """The report of a program that the compiler refused for its size."""
     return StepReport(
         lowered.name, lowered.pairs, lowered.tokens, seconds, 0.0, 0.0, 0.0, used, 0.0,
-        lowered.beside_bytes, machine.usable_bytes, margin, lowered.model_flops, **_rows(lowered),
+        lowered.beside_bytes, machine.usable_bytes, margin, lowered.model_flops, refused=True,
+        **_rows(lowered),
     )  # fmt: skip
 
 
@@ -351,12 +353,23 @@ def show(
                 f"{' or '.join(map(str, report.longer))} tokens, and their memory with them."
             )
         if not report.fits:
-            print(
-                f"\n{report.name} does not fit: {_gib(report.total_bytes)} and a margin of "
-                f"{report.margin:.0%} are more than {_gib(report.usable_bytes)}. What to change:"
-            )
+            print(f"\n{report.name} does not fit: {_why(report)}\nWhat to change:")
             for change in report.changes:
                 print(f"  {change}")
+
+
+def _why(report: StepReport) -> str:
+    """Why a step does not fit."""
+    usable, margin = _gib(report.usable_bytes), report.margin
+    limit = f"of {usable} that a program may use, {margin:.0%} have to stay free."
+    if not report.refused:
+        return f"it takes {_gib(report.total_bytes)} of a device's memory; {limit}"
+    beside = f" In a training {_gib(report.beside_bytes)} lie beside it;"
+    if not math.isfinite(report.temporary_bytes):
+        return (
+            f"the compiler refused it for its size, and did not say what it needs.{beside} {limit}"
+        )
+    return f"the compiler refused it, for it needs {_gib(report.temporary_bytes)}.{beside} {limit}"
 
 
 def as_dict(
@@ -389,8 +402,12 @@ def _rows_said(run: config.Run, reports: Sequence[StepReport]) -> str:
 
 
 def _memory_rows(reports: Sequence[StepReport]) -> list[list[str]]:
+    def text(report: StepReport, name: str) -> str:
+        unknown = report.refused and name not in ("beside_bytes", "total_bytes")
+        return "-" if unknown else _gib(getattr(report, name))
+
     rows = [
-        [label, *(_gib(getattr(r, name)) for r in reports)]
+        [label, *(text(r, name) for r in reports)]
         for label, name in (
             ("arguments", "argument_bytes"),
             ("temporaries", "temporary_bytes"),
@@ -401,10 +418,12 @@ def _memory_rows(reports: Sequence[StepReport]) -> list[list[str]]:
             ("together", "total_bytes"),
         )
     ]
-    rows.append(["free", *(f"{100 * r.free:.1f} %" for r in reports)])
+    rows.append(["free", *("-" if r.refused else f"{100 * r.free:.1f} %" for r in reports)])
     rows.append(["fits", *("yes" if r.fits else "NO" for r in reports)])
     if any(r.largest_batch is not None for r in reports):
-        rows.append(["largest batch that fits", *(str(r.largest_batch) for r in reports)])
+        most = {None: "-", 0: "none"}
+        cells = (most.get(r.largest_batch, str(r.largest_batch)) for r in reports)
+        rows.append(["largest batch that fits", *cells])
     return rows
 
 
@@ -436,8 +455,8 @@ def _cost_rows(reports: Sequence[StepReport]) -> list[list[str]]:
         each("padding", lambda r: f"{100 * r.padding:.1f} %" if r.rows else "-"),
         each("tokens computed a pair", lambda r: f"{r.computed_per_pair:.0f}" if r.rows else "-"),
         each("keys computed a query", lambda r: f"{r.keys:.0f}" if r.keys else "-"),
-        each("TFLOP", lambda r: f"{r.flops / 1e12:.4g}"),
-        each("bytes to and from memory", lambda r: _gib(r.main_bytes)),
+        each("TFLOP", lambda r: "-" if r.refused else f"{r.flops / 1e12:.4g}"),
+        each("bytes to and from memory", lambda r: "-" if r.refused else _gib(r.main_bytes)),
         each("arithmetic at the peak", of("compute")),
         each("memory at its bandwidth", of("memory")),
         each("collectives over their links", of("collectives")),

@@ -77,6 +77,28 @@ def test_what_does_not_fit_ends_with_3_and_says_what_to_change(config_file, caps
         assert change in said
 
 
+@pytest.mark.parametrize(
+    ("needed", "said"),
+    [(math.inf, "did not say what it needs"), (300 * 2**30, "it needs 300.00 GiB")],
+)
+def test_a_step_that_the_compiler_refuses_shows_no_figures_of_it(
+    config_file, capsys, monkeypatch, needed, said
+):
+    def refused(lowered, machine):
+        return compile_report.too_large(lowered, machine, needed, 1.0, compiler.MARGIN)
+
+    monkeypatch.setattr(compiler, "compile_step", refused)
+    monkeypatch.setattr(compiler.Target, "usable_bytes", property(lambda self: 2**34))
+    command = ["compile", f"--config={config_file}", "--topology=cpu:8", "--steps=train"]
+    assert launcher.main(command) == 3
+    found = capsys.readouterr().out
+    assert said in found and "of 16.00 GiB that a program may use, 5% have to stay free" in found
+    lines = {line[:26].strip(): line.split()[-1] for line in found.splitlines() if line.strip()}
+    assert lines["arguments"] == lines["free"] == "-" and lines["fits"] == "NO"
+    assert lines["largest batch that fits"] == "none" and "TFLOP" not in found
+    assert "config.model.remat=full" in found
+
+
 def test_the_largest_batch_fits_and_one_step_more_does_not(config_file, monkeypatch):
     run = config.resolve(launcher.parse(["compile", f"--config={config_file}"])[1])
     machine = compiler.target("cpu:8")

@@ -161,16 +161,16 @@ def _rows(
     by_query, by_key = lists(seen_blocks(first_RT, last_RT, keys, block))
     base_R1 = keys * jnp.arange(rows, dtype=jnp.int32)[:, None]
     first, last = ((x + base_R1).reshape(-1) for x in (first_RT, last_RT))
-    ends, mask, segments = (first << 16) | last, _within, None
+    ends, mask = (first << 16) | last, _within if not starts else _up_to(window)
+    segments = None
     if starts:
-        ends, mask = last, _up_to(window)
-        segments = splash.SegmentIds(*(x.reshape(-1) for x in starts))
+        ends, segments = last, splash.SegmentIds(*(x.reshape(-1) for x in starts))
     sizes = splash.BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=block,
         block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
         block_q_dq=block, block_kv_dq=block,
     )  # fmt: skip
-    run = splash.SplashAttentionKernel(
+    run: Callable[..., Any] = splash.SplashAttentionKernel(
         by_query._replace(q_sequence=ends),
         by_query._replace(q_sequence=ends),
         by_key._replace(q_sequence=ends),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from sage_jax import config
@@ -152,7 +153,7 @@ def keys_computed(
     for pair_RS in steps.place(length_N, pair_KB, shape):
         length = max(shape.row_length, shape.length_of(pair_RS, length_N))
         one = pack.collate(found, pair_RS, length, share=shape.share)  # type: ignore[arg-type]
-        seen = one.shared or attention.causal(one.segment_RT, one.position_RT)
+        seen = one.shared or attention.causal(*map(jnp.asarray, (one.segment_RT, one.position_RT)))
         cut = (shape.rows, stretches, length // stretches)
         ranges = (np.asarray(x).reshape(cut) for x in (seen.first_RT, seen.last_RT))
         fill = ((0, 0), (0, 0), (0, -cut[2] % block))

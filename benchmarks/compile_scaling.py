@@ -283,8 +283,10 @@ def tables(found: dict) -> list[tuple[str, list[str]]]:
     for name, one in found.get("configs", {}).items():
         mesh = ", ".join(f"{k} {v}" for k, v in one["mesh"].items() if v > 1)
         out.append((f"{name}, {one['topology']} (mesh: {mesh})", config_table(one)))
-    for name, kinds in found.get("rows", {}).items():
-        mean = LENGTHS[name][1]
+    for name, (_, mean) in LENGTHS.items():
+        kinds = found.get("rows", {}).get(name, {})
+        if set(kinds) != set(ROWS):
+            continue
         out.append((f"{name}, sequences of {mean} tokens on average", rows_table(kinds)))
         if name in found.get("rows_before", {}):
             out.append((f"{name}, before", rows_table(found["rows_before"][name], before=True)))

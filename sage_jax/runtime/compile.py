@@ -245,17 +245,7 @@ def make_step(
     flops = count * float(flops_N.mean())
     tokens = count * float(pairs.row_lengths(share).mean())
     answers = count * float((pairs.lengths_N2 - pairs.start_N2).sum(axis=1).mean())
-    block = attention.BLOCK
-    if attention.Kernel(run.model.attention, mesh).chosen(shape.row_length) == "splash":
-        block = attention_tpu.block_size(shape.row_length // mesh.shape[meshes.CONTEXT])
-    keys = planned.keys_computed(
-        pairs,
-        shape,
-        min(run.train.batch_pairs, count),
-        parts=meshes.row_multiple(mesh),
-        stretches=mesh.shape[meshes.CONTEXT],
-        block=block,
-    )
+    keys = _keys(run, mesh, pairs, shape, count)
     trips = _trips(policy, shape, mesh, answers, keys)
     about: dict[str, Any] = {
         "keys": keys,
@@ -319,6 +309,30 @@ def _sample_step(run: config.Run, policy: setup.Policy, mesh: jax.sharding.Mesh)
         "sample", lambda: program.lower(*arguments), count, float(count * new),
         _forward_flops(policy.model, lengths), beside, lambda _: new,
     )  # fmt: skip
+
+
+def _keys(
+    run: config.Run,
+    mesh: jax.sharding.Mesh,
+    pairs: planned.Pairs,
+    shape: row_shapes.Shape,
+    batch_pairs: int,
+) -> float:
+    """Keys that the run's attention computes for a query."""
+    kernel = attention.Kernel(run.model.attention, mesh).chosen(shape.row_length)
+    if kernel == "dense":
+        return shape.row_length
+    stretches, block = mesh.shape[meshes.CONTEXT], attention.BLOCK
+    if kernel == "splash":
+        block = attention_tpu.block_size(shape.row_length // stretches)
+    return planned.keys_computed(
+        pairs,
+        shape,
+        batch_pairs,
+        parts=meshes.row_multiple(mesh),
+        stretches=stretches,
+        block=block,
+    )
 
 
 def _trips(

@@ -78,7 +78,7 @@ def test_every_kernel_is_the_dense_form(name, layout, options):
         assert error(a, b) < 1e-6
 
 
-@pytest.mark.parametrize("name", ["blocks", "triton"])
+@pytest.mark.parametrize("name", KERNELS)
 def test_bfloat16_stays_within_its_rounding(name):
     arrays, slope = inputs(jnp.bfloat16)
     exact = [a.astype(jnp.float32) for a in arrays]

@@ -13,7 +13,7 @@ import pytest
 from sage_jax import __main__ as launcher
 from sage_jax import config
 from sage_jax.data import steps
-from sage_jax.models import catalog, decoder, sources
+from sage_jax.models import attention_tpu, catalog, decoder, sources
 from sage_jax.models import spec as specs
 from sage_jax.runtime import compile as compiler
 from sage_jax.runtime import compile_report, hlo, planned
@@ -150,6 +150,16 @@ def test_without_a_mean_every_sequence_is_as_long_as_it_may_be(config_file):
     assert whole.tokens == math.prod(whole.rows) == 16 * 2 * 32 and not whole.shared
     half = compiler.make_step("train", run, mesh, planned.pairs(32, prompt_share=0.5))
     assert half.shared and half.tokens == 16 * (32 + 16)
+
+
+def test_prompts_are_not_shared_where_the_kernel_of_a_tpu_cannot(monkeypatch):
+    run = config.resolve({"model": {"attention": "splash"}, "data": {"max_length": 512}})
+    found = planned.pairs(512, prompt_share=0.5)  # 768 tokens with the prompt once
+    model = decoder.Model(TINY)
+    assert planned.shares(run, model, found)
+    monkeypatch.setattr(attention_tpu, "LONGEST", 767)
+    assert not planned.shares(run, model, found)
+    assert planned.shares(config.replace(run, **{"model.attention": "blocks"}), model, found)
 
 
 def test_lengths_are_those_that_were_asked_for():

@@ -49,6 +49,32 @@ def seen_blocks(first_RT: Any, last_RT: Any, keys: int, block: int) -> Any:
     return (block_J >= low_RI1) & (block_J <= high_RI1)
 
 
+def passes(visible: Any, window: int = 0) -> list[tuple[jax.Array, ...]]:
+    """The ranges that a run of the kernels takes, each of which holds the query itself.
+
+    Args:
+      visible: which keys each query sees.
+      window: positions that a query sees, its own included; 0 = all.
+
+    Returns:
+      For each run, the first and the last key, int32 [R, T]. One run, unless rows are longer than
+      `LONGEST`, so that both do not fit into one integer. Then the query's own index stands for one
+      of them: ranges end at the query, and in a second run, where prompts are shared, begin at it;
+      and a third array has the same value where a query and a key belong together.
+    """
+    length = visible.first_RT.shape[1]
+    index_T = jnp.arange(length, dtype=jnp.int32)
+    first_RT, last_RT = visible.first_RT, visible.last_RT
+    if window:
+        first_RT = jnp.maximum(first_RT, index_T - (window - 1))
+    if length <= LONGEST:
+        return [(first_RT, last_RT)]
+    behind = (first_RT, jnp.minimum(last_RT, index_T), visible.first_RT)
+    if visible.ahead_RT is None:
+        return [behind]
+    return [behind, (jnp.maximum(first_RT, index_T), last_RT, visible.ahead_RT)]
+
+
 def attend(
     q_RTHE: jax.Array,
     key_RTGE: jax.Array,
@@ -63,42 +89,46 @@ def attend(
     """As `attention.attend`; `kernel` names the mesh that the arrays are spread over.
 
     Raises:
-      ValueError: rows with shared prompts, and a window, for positions are not indices in them; or
-        rows longer than `LONGEST`.
+      ValueError: a window in rows with shared prompts, where positions are not indices.
     """
-    rows, length, heads, _ = q_RTHE.shape
-    shared, long = visible.ahead_RT is not None, length > LONGEST
-    if shared and (window or long):
-        takes = f"no window ({window})" if window else f"at most {LONGEST} tokens, not {length},"
+    if window and visible.ahead_RT is not None:
         raise ValueError(
-            f"attention='splash' has {takes} in rows with shared prompts. Use "
+            f"attention='splash' has no window ({window}) in rows with shared prompts. Use "
             f"data.share_prompts='off', or model.attention='blocks'."
         )
-    first_RT = visible.first_RT
-    if window:
-        first_RT = jnp.maximum(first_RT, jnp.arange(length, dtype=jnp.int32) - (window - 1))
-    starts = (visible.first_RT, visible.first_RT) if long else ()
-    part = functools.partial(
-        _part, window=window if long else 0, softcap=softcap, interpret=kernel.interpret
-    )
-    given = (q_RTHE * scale, key_RTGE, value_RTGE, first_RT, visible.last_RT, *starts)
-    if kernel.mesh is None or kernel.mesh.size == 1:
-        return part(*given)
-    found = attention_spread.split(
-        kernel, rows=rows, length=length, heads=heads, groups=key_RTGE.shape[2]
-    )
-    array, tokens = found.spec(heads_at=2), found.spec()
-
-    def local(q, key, value, first, last, *starts):
-        key, value, *whole = (
-            attention_spread.gather(x, found.context, 1) for x in (key, value, *starts[1:])
+    rows, length, heads, _ = q_RTHE.shape
+    found = attention_spread.Split((), (), ())
+    spread = kernel.mesh is not None and kernel.mesh.size > 1
+    if spread:
+        found = attention_spread.split(
+            kernel, rows=rows, length=length, heads=heads, groups=key_RTGE.shape[2]
         )
-        return part(q, key, value, first, last, *starts[:1], *whole)
 
+    def local(q_RTHE, key_RTGE, value_RTGE, ranges):
+        whole = functools.partial(attention_spread.gather, axes=found.context, axis=1)
+        key_RCGE, value_RCGE = whole(key_RTGE), whole(value_RTGE)
+        outs: list[jax.Array] = []
+        for first_RT, last_RT, *ids in ranges:
+            ids += [whole(x) for x in ids]
+            mask = _within if not ids else _from if outs else _up_to(window)
+            out = _part(
+                q_RTHE, key_RCGE, value_RCGE, first_RT, last_RT, *ids,
+                mask=mask, softcap=softcap, interpret=kernel.interpret,
+            )  # fmt: skip
+            outs.append(out)
+        if len(outs) == 1:
+            return outs[0]
+        later_RT = ranges[1][1] > ranges[1][0]  # the others see only themselves there
+        return jnp.where(later_RT[..., None], outs[1], outs[0])
+
+    given = (q_RTHE * scale, key_RTGE, value_RTGE, passes(visible, window))
+    if not spread:
+        return local(*given)
+    array = found.spec(heads_at=2)
     return jax.shard_map(
         local,
         mesh=kernel.mesh,
-        in_specs=(*[array] * 3, *[tokens] * (len(given) - 3)),
+        in_specs=(array, array, array, found.spec()),
         out_specs=array,
         check_vma=False,
     )(*given)
@@ -110,7 +140,7 @@ def _part(
     value_RCGE: jax.Array,
     first_RT: jax.Array,
     last_RT: jax.Array,
-    *starts: jax.Array,
+    *ids: jax.Array,
     **options: Any,
 ) -> jax.Array:
     """Attention of one device's queries to all keys of their rows; see `_rows`."""
@@ -123,7 +153,8 @@ def _part(
 
     # Keys that fill up a row are in no range. Queries that do repeat the range of the last.
     arrays = [filled(x) for x in (q_RTHE, key_RCGE, value_RCGE)]
-    arrays += [filled(x, mode="edge") for x in (first_RT, last_RT, *starts)]
+    arrays += [filled(x, mode="edge") for x in (first_RT, last_RT, *ids[:1])]
+    arrays += [filled(x, constant_values=-1) for x in ids[1:]]
     run = functools.partial(_rows, block=block, **options)
     together = max(1, LONGEST // arrays[1].shape[1])
     together = max(n for n in range(1, min(rows, together) + 1) if rows % n == 0)
@@ -142,18 +173,14 @@ def _rows(
     value_RCGE: jax.Array,
     first_RT: jax.Array,
     last_RT: jax.Array,
-    *starts: jax.Array,
+    *ids: jax.Array,
+    mask: Callable[[jax.Array, jax.Array], jax.Array],
     block: int,
-    window: int,
     softcap: float,
     interpret: bool,
 ) -> jax.Array:
-    """One call of the kernels, for rows whose tokens fill blocks.
-
-    One row longer than `LONGEST` has ranges that end at the query, or it is refused: then queries
-    with the same first key are a segment. `starts` are these keys, of each query and of the
-    query at each key, and `window` is what the mask has to look at besides.
-    """
+    """One call of the kernels, for rows whose tokens fill blocks; with `ids`, of queries and of
+    keys, for one row."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
     rows, length, heads, width = q_RTHE.shape
@@ -161,10 +188,10 @@ def _rows(
     by_query, by_key = lists(seen_blocks(first_RT, last_RT, keys, block))
     base_R1 = keys * jnp.arange(rows, dtype=jnp.int32)[:, None]
     first, last = ((x + base_R1).reshape(-1) for x in (first_RT, last_RT))
-    ends, mask = (first << 16) | last, _within if not starts else _up_to(window)
-    segments = None
-    if starts:
-        ends, segments = last, splash.SegmentIds(*(x.reshape(-1) for x in starts))
+    ends, segments = (first << 16) | last, None
+    if ids:
+        ends = first if mask is _from else last
+        segments = splash.SegmentIds(*(x.reshape(-1) for x in ids))
     sizes = splash.BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=block,
         block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
@@ -203,6 +230,10 @@ def _up_to(window: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
         return (key <= last) & (key > last - window) if window else key <= last
 
     return mask
+
+
+def _from(first: jax.Array, key: jax.Array) -> jax.Array:
+    return key >= first
 
 
 def lists(seen_RIJ: jax.Array) -> tuple[Any, Any]:

@@ -322,17 +322,13 @@ def _keys(
     kernel = attention.Kernel(run.model.attention, mesh).chosen(shape.row_length)
     if kernel == "dense":
         return shape.row_length
-    stretches, block = mesh.shape[meshes.CONTEXT], attention.BLOCK
+    stretches = mesh.shape[meshes.CONTEXT]
+    how: dict[str, Any] = {"block": attention.BLOCK}
     if kernel == "splash":
         block = attention_tpu.block_size(shape.row_length // stretches)
-    return planned.keys_computed(
-        pairs,
-        shape,
-        batch_pairs,
-        parts=meshes.row_multiple(mesh),
-        stretches=stretches,
-        block=block,
-    )
+        how = {"block": block, "passes": attention_tpu.passes}
+    parts = meshes.row_multiple(mesh)
+    return planned.keys_computed(pairs, shape, batch_pairs, parts=parts, stretches=stretches, **how)
 
 
 def _trips(

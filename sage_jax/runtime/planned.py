@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -128,6 +129,7 @@ def keys_computed(
     parts: int,
     stretches: int,
     block: int,
+    passes: Callable[[attention.Visible], list[tuple[Any, ...]]] = lambda seen: [seen],
 ) -> float:
     """Keys that attention in blocks computes for a query, on the device with the most of them.
 
@@ -141,9 +143,10 @@ def keys_computed(
       parts: devices that share the rows of a batch.
       stretches: devices that share the tokens of a row.
       block: queries and keys of a block.
+      passes: the first and the last key of every query, for each time that the kernels run.
 
     Returns:
-      The mean over the steps. Queries that fill up blocks count, too.
+      The mean over the steps and the runs. Queries that fill up blocks count, too.
     """
     length_N = found.row_lengths(shape.share)
     several = STEPS if len(found) > batch_pairs else 1
@@ -153,15 +156,20 @@ def keys_computed(
     for pair_RS in steps.place(length_N, pair_KB, shape):
         length = max(shape.row_length, shape.length_of(pair_RS, length_N))
         one = pack.collate(found, pair_RS, length, share=shape.share)  # type: ignore[arg-type]
-        seen = one.shared or attention.causal(*map(jnp.asarray, (one.segment_RT, one.position_RT)))
+        seen = attention.causal(*map(jnp.asarray, (one.segment_RT, one.position_RT)))
+        if one.shared is not None:
+            first_RT, last_RT, _ = map(jnp.asarray, one.shared)
+            seen = attention.Visible(first_RT, last_RT, seen.position_RT, last_RT)
         cut = (shape.rows, stretches, length // stretches)
-        ranges = (np.asarray(x).reshape(cut) for x in (seen.first_RT, seen.last_RT))
         fill = ((0, 0), (0, 0), (0, -cut[2] % block))
-        first_RCT, last_RCT = (np.pad(x, fill, mode="edge") for x in ranges)
-        computed = []
-        for n in range(stretches):
-            ends = first_RCT[:, n], last_RCT[:, n]
-            blocks_RI = attention_tpu.seen_blocks(*ends, length, block).sum(axis=2)
-            computed.append(block * blocks_RI.reshape(parts, -1).mean(axis=1).max())
-        most.append(max(computed))
+        runs = passes(seen)
+        blocks_CRI = np.zeros(())
+        for ranges in runs:
+            first, last = (np.pad(np.reshape(x, cut), fill, mode="edge") for x in ranges[:2])
+            blocks_CRI = blocks_CRI + [
+                attention_tpu.seen_blocks(first[:, c], last[:, c], length, block).sum(axis=2)
+                for c in range(stretches)
+            ]
+        each = blocks_CRI.reshape(stretches, parts, -1).mean(axis=2) / len(runs)
+        most.append(block * each.max())
     return float(np.mean(most))

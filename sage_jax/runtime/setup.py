@@ -17,7 +17,7 @@ import numpy as np
 
 from sage_jax import config, head, logprobs, losses, scores, step
 from sage_jax.data import encode, steps
-from sage_jax.models import attention, attention_tpu, decoder, quantised, spec
+from sage_jax.models import attention, decoder, quantised, spec
 from sage_jax.models import lora as adapters
 from sage_jax.runtime import chips, hosts
 from sage_jax.runtime import mesh as meshes
@@ -433,10 +433,7 @@ def shares_prompts(run: config.Run, model: decoder.Model, pairs: encode.EncodedP
             "config.data.share_prompts='on' does not go with this model's sliding windows on a "
             "TPU. Use 'auto'."
         )
-    if setting == "off" or not pairs.lengths_N2[:, 1].all():
-        return False
-    long = splash and pairs.row_lengths(True).max() > attention_tpu.LONGEST
-    if setting == "auto" and (windows or long):
+    if setting == "off" or (setting == "auto" and windows) or not pairs.lengths_N2[:, 1].all():
         return False
     saved = pairs.common_N.sum() / max(int(pairs.lengths_N2.sum()), 1)
     return setting == "on" or bool(saved >= LEAST_SHARED)

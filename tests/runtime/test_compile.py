@@ -1,19 +1,21 @@
 """`sage-jax compile` from the command line on, on virtual devices; architectures by name."""
 
 import dataclasses
+import functools
 import json
 import math
 import pathlib
 import runpy
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from sage_jax import __main__ as launcher
 from sage_jax import config
 from sage_jax.data import steps
-from sage_jax.models import attention_tpu, catalog, decoder, sources
+from sage_jax.models import catalog, decoder, sources
 from sage_jax.models import spec as specs
 from sage_jax.runtime import compile as compiler
 from sage_jax.runtime import compile_report, hlo, planned
@@ -152,16 +154,6 @@ def test_without_a_mean_every_sequence_is_as_long_as_it_may_be(config_file):
     assert half.shared and half.tokens == 16 * (32 + 16)
 
 
-def test_prompts_are_not_shared_where_the_kernel_of_a_tpu_cannot(monkeypatch):
-    run = config.resolve({"model": {"attention": "splash"}, "data": {"max_length": 512}})
-    found = planned.pairs(512, prompt_share=0.5)  # 768 tokens with the prompt once
-    model = decoder.Model(TINY)
-    assert planned.shares(run, model, found)
-    monkeypatch.setattr(attention_tpu, "LONGEST", 767)
-    assert not planned.shares(run, model, found)
-    assert planned.shares(config.replace(run, **{"model.attention": "blocks"}), model, found)
-
-
 def test_lengths_are_those_that_were_asked_for():
     found = planned.pairs(4096, length_mean=1000.0, length_sigma=0.5, prompt_share=0.4)
     answer_N2 = found.lengths_N2 - found.start_N2
@@ -203,8 +195,14 @@ def test_attention_is_counted_in_the_blocks_of_the_planned_rows(share):
         cut = (2, shape.rows // 2, 2, length // 2 // block, block, length // block, block)
         seen = mask_RTT.reshape(cut).any(axis=(4, 6)).sum(axis=4).mean(axis=(1, 3))
         wanted.append(block * seen.max())
-    keys = planned.keys_computed(found, shape, batch_pairs, parts=2, stretches=2, block=block)
-    assert keys == pytest.approx(np.mean(wanted), rel=1e-9)
+    count = functools.partial(
+        planned.keys_computed, found, shape, batch_pairs, parts=2, stretches=2, block=block
+    )
+    assert count() == pytest.approx(np.mean(wanted), rel=1e-9)
+    # Twice the same, and a run in which each query sees itself alone.
+    itself = lambda seen: (jnp.arange(seen.first_RT.shape[1]) + 0 * seen.first_RT,) * 2  # noqa: E731
+    assert count(passes=lambda seen: [seen, seen]) == count()
+    assert count(passes=lambda seen: [itself(seen)]) == block
 
 
 def report(used: float, machine: compiler.Target) -> compile_report.StepReport:

@@ -165,11 +165,13 @@ def keys_computed(
         runs = passes(seen)
         blocks_CRI = np.zeros(())
         for ranges in runs:
-            first, last = (np.pad(np.reshape(x, cut), fill, mode="edge") for x in ranges[:2])
-            blocks_CRI = blocks_CRI + [
-                attention_tpu.seen_blocks(first[:, c], last[:, c], length, block).sum(axis=2)
-                for c in range(stretches)
-            ]
+            first, last = (jnp.pad(jnp.reshape(x, cut), fill, mode="edge") for x in ranges[:2])
+            blocks_CRI = blocks_CRI + np.stack(
+                [
+                    attention_tpu.seen_blocks(first[:, c], last[:, c], length, block).sum(axis=2)
+                    for c in range(stretches)
+                ]
+            )
         each = blocks_CRI.reshape(stretches, parts, -1).mean(axis=2) / len(runs)
         most.append(block * each.max())
     return float(np.mean(most))

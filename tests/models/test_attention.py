@@ -194,12 +194,12 @@ def test_splash_computes_the_blocks_that_are_seen_and_no_others(layout, part):
     block, length = 128, 1024
     seen = visible(layout, length, 200)
     own = slice(part.start * length // 2, part.stop * length // 2)  # the queries of a device
-    ranges = [np.asarray(x)[:, own] for x in (seen.first_RT, seen.last_RT)]
+    ranges = [x[:, own] for x in (seen.first_RT, seen.last_RT)]
     mask = np.asarray(attention.mask(seen))[:, own]
     cut = mask.reshape(ROWS, -1, block, length // block, block)
     wanted_RIJ = cut.any(axis=(2, 4))
     queries, keys = wanted_RIJ.shape[1:]
-    found = attention_tpu.seen_blocks(*ranges, length, block)
+    found = np.asarray(attention_tpu.seen_blocks(*ranges, length, block))
     np.testing.assert_array_equal(found, wanted_RIJ)
     assert found.mean() < 0.7
     by_query, by_key = attention_tpu.lists(jnp.asarray(found))

@@ -455,6 +455,23 @@ def largest(
     return best * unit, used.cache_info().misses
 
 
+def _with_largest(
+    report: compile_report.StepReport,
+    run: config.Run,
+    mesh: jax.sharding.Mesh,
+    machine: Target,
+    pairs: planned.Pairs,
+) -> compile_report.StepReport:
+    """A step's report with the largest batch that fits, or with why it is not known."""
+    try:
+        most, tried = largest(report.name, run, mesh, machine, report, pairs)
+    except jax.errors.JaxRuntimeError as e:  # the compiler's own error, on a batch of another size
+        said = (str(e).splitlines() or [""])[0][:200]
+        note = f"The largest batch is not known, for the compiler failed on another one: {said}"
+        return dataclasses.replace(report, note=f"{report.note} {note}".strip())
+    return dataclasses.replace(report, largest_batch=most, search_compilations=tried)
+
+
 def run_mode(
     run: config.Run,
     *,
@@ -497,8 +514,7 @@ def run_mode(
     for name in names:
         found = compile_step(make_step(name, run, mesh, pairs), machine)
         if search:
-            most, tried = largest(name, run, mesh, machine, found, pairs)
-            found = dataclasses.replace(found, largest_batch=most, search_compilations=tried)
+            found = _with_largest(found, run, mesh, machine, pairs)
         reports.append(dataclasses.replace(found, changes=compile_report.changes(found, run, mesh)))
     compile_report.show(run, machine, mesh, reports, pairs.said, as_json=as_json)
     return 0 if all(r.fits for r in reports) else 3

@@ -101,6 +101,20 @@ def test_a_step_that_the_compiler_refuses_shows_no_figures_of_it(
     assert "config.model.remat=full" in found
 
 
+def test_a_compiler_that_fails_on_another_batch_leaves_the_report(config_file, capsys, monkeypatch):
+    def fragile(lowered, machine):
+        if lowered.pairs != 16:
+            raise jax.errors.JaxRuntimeError("FAILED_PRECONDITION: a reshape\nand its stack")
+        return dataclasses.replace(report(1e6, machine), name=lowered.name)
+
+    monkeypatch.setattr(compiler, "compile_step", fragile)
+    command = ["compile", f"--config={config_file}", "--topology=cpu:8", "--steps=train"]
+    assert launcher.main(command) == 0
+    found = capsys.readouterr().out
+    assert "The largest batch is not known" in found and "FAILED_PRECONDITION: a reshape" in found
+    assert "stack" not in found
+
+
 def test_the_largest_batch_fits_and_one_step_more_does_not(config_file, monkeypatch):
     run = config.resolve(launcher.parse(["compile", f"--config={config_file}"])[1])
     machine = compiler.target("cpu:8")

@@ -305,10 +305,23 @@ def _sample_step(run: config.Run, policy: setup.Policy, mesh: jax.sharding.Mesh)
     )
     lengths = np.full((count, 1), prompt + new)
     beside = device_bytes(state.abstract_state(run, policy.params, mesh))
+    block = _block(run, mesh, prompt)
+    # of the last stretch of a prompt, which has the most
+    keys = prompt - (prompt // mesh.shape[meshes.CONTEXT] - block) / 2 if block else prompt
     return Lowered(
         "sample", lambda: program.lower(*arguments), count, float(count * new),
-        _forward_flops(policy.model, lengths), beside, lambda _: new,
+        _forward_flops(policy.model, lengths), beside, lambda _: new, keys,
     )  # fmt: skip
+
+
+def _block(run: config.Run, mesh: jax.sharding.Mesh, length: int) -> int | None:
+    """Queries and keys of the blocks that the run's attention skips; None: it skips none."""
+    kernel = attention.Kernel(run.model.attention, mesh).chosen(length)
+    if kernel == "dense":
+        return None
+    if kernel == "splash":
+        return attention_tpu.block_size(length // mesh.shape[meshes.CONTEXT])
+    return attention.BLOCK
 
 
 def _keys(
@@ -319,16 +332,15 @@ def _keys(
     batch_pairs: int,
 ) -> float:
     """Keys that the run's attention computes for a query."""
-    kernel = attention.Kernel(run.model.attention, mesh).chosen(shape.row_length)
-    if kernel == "dense":
+    block = _block(run, mesh, shape.row_length)
+    if block is None:
         return shape.row_length
-    stretches = mesh.shape[meshes.CONTEXT]
-    how: dict[str, Any] = {"block": attention.BLOCK}
-    if kernel == "splash":
-        block = attention_tpu.block_size(shape.row_length // stretches)
-        how = {"block": block, "passes": attention_tpu.passes}
-    parts = meshes.row_multiple(mesh)
-    return planned.keys_computed(pairs, shape, batch_pairs, parts=parts, stretches=stretches, **how)
+    kernel = attention.Kernel(run.model.attention, mesh).chosen(shape.row_length)
+    how: dict[str, Any] = {"passes": attention_tpu.passes} if kernel == "splash" else {}
+    parts, stretches = meshes.row_multiple(mesh), mesh.shape[meshes.CONTEXT]
+    return planned.keys_computed(
+        pairs, shape, batch_pairs, parts=parts, stretches=stretches, block=block, **how
+    )
 
 
 def _trips(

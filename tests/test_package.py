@@ -22,6 +22,7 @@ CORE = (  # each may import those before it
     *("selection", "optim", "step"),
 )
 FOLDERS = {  # what each folder may import from us, beside the core and itself
+    "config": set(),
     "data": set(),
     "models": set(),
     "generate": {"models"},

@@ -50,6 +50,14 @@ def test_over_rows_is_the_transposed_product(dtype):
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize(("platform", "padded"), [("cpu", True), ("cuda", False), ("tpu", False)])
+def test_only_cpus_get_the_form_of_cpus(platform, padded):
+    a, b = jnp.asarray(X, "bfloat16"), jnp.asarray(SLOPE, "bfloat16")
+    text = jax.export.export(jax.jit(product.over_rows), platforms=[platform])(a, b).mlir_module()
+    assert ("stablehlo.pad" in text) == padded
+    assert text.count("stablehlo.dot_general") == 1
+
+
 def narrow_operands(fn, *args):
     """For every product of a compiled program: whether its operands are bfloat16."""
     text = jax.jit(fn).lower(*args).compile().as_text()

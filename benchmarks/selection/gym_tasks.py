@@ -45,7 +45,7 @@ _OPERATIONS: dict[type, tuple[str, Callable[[int, int], int]]] = {
 }
 
 
-class Undetermined(ValueError):
+class UndeterminedError(ValueError):
     """An entry that has no one answer; the package makes one in some ten thousand."""
 
 
@@ -121,7 +121,7 @@ def simple_equations(entry: Entry) -> Worked:
     if at[2] - at[1] != factor:
         raise ValueError(f"{left!r} is not linear in {name}.")
     if factor == 0:
-        raise Undetermined(f"{left} = {right} holds for every {name} or for none.")
+        raise UndeterminedError(f"{left} = {right} holds for every {name} or for none.")
     lines, term = [], name if factor == 1 else f"{factor}*{name}"
     if number:
         sign, rest = "-" if number > 0 else "+", value - number
@@ -261,7 +261,7 @@ def problem(entry: Entry, source: Source, level: int) -> Problem | None:
     """
     try:
         lines, result = source.work(entry)
-    except Undetermined:
+    except UndeterminedError:
         return None
     if not verify.number(result, entry["answer"]):
         if source.work is gsm_symbolic:

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from sage_jax import product
+
 
 class Memory(NamedTuple):
     """Bytes that the head may take on one device."""
@@ -216,7 +218,7 @@ def _backward(settings, residuals, slopes):
         back = jnp.matmul(flat, head.T, preferred_element_type=jnp.float32)
         new = -factor * back.reshape(part.shape)
         scaled = (-factor * part).astype(hidden.dtype).reshape(-1, width)
-        d_head += jnp.matmul(scaled.T, flat, preferred_element_type=jnp.float32)
+        d_head += product.over_rows(scaled, flat)
         return _onto(d_hidden, new.astype(hidden.dtype), i), d_head
 
     start = (jnp.zeros_like(hidden), jnp.zeros(head.shape, jnp.float32))

@@ -18,10 +18,11 @@ PACKAGE = ROOT / "sage_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 CORE = (  # each may import those before it
-    *("batch", "head", "logprobs", "losses", "scores", "curriculum", "noise", "rules"),
+    *("batch", "product", "head", "logprobs", "losses", "scores", "curriculum", "noise", "rules"),
     *("selection", "optim", "step"),
 )
 FOLDERS = {  # what each folder may import from us, beside the core and itself
+    "config": set(),
     "data": set(),
     "models": set(),
     "generate": {"models"},

@@ -124,9 +124,15 @@ def _seen(block: _Ranges, at: jax.Array, position_NM: jax.Array, settings: Setti
     return seen[:, None]
 
 
+def _over_width(q_NGQE: jax.Array, key_NGCE: jax.Array) -> jax.Array:
+    """Products of all queries and keys, [N, G, Q, C], as one product without a transpose: XLA's CPU
+    backend would widen bfloat16 keys that are transposed before (see `product`)."""
+    axes = (((3,), (3,)), ((0, 1), (0, 1)))
+    return jax.lax.dot_general(q_NGQE, key_NGCE, axes, preferred_element_type=jnp.float32)
+
+
 def _logits(q: jax.Array, key: jax.Array, settings: Settings) -> jax.Array:
-    logits = jnp.matmul(q, key.swapaxes(-1, -2), preferred_element_type=jnp.float32)
-    logits = logits * settings.scale
+    logits = _over_width(q, key) * settings.scale
     return settings.softcap * jnp.tanh(logits / settings.softcap) if settings.softcap else logits
 
 
@@ -193,7 +199,7 @@ def _backward(settings, kept, slope_INGQE):
             logits = _logits(q, key, settings)
             seen = _seen(block, at, position_NM, settings)
             weight = jnp.where(seen, jnp.exp(logits - lse[..., None]), 0.0)
-            d_weight = jnp.matmul(slope, value.swapaxes(-1, -2), preferred_element_type=jnp.float32)
+            d_weight = _over_width(slope, value)
             d_logits = weight * (d_weight - mean[..., None]) * settings.scale
             if settings.softcap:
                 d_logits *= 1.0 - (logits / settings.softcap) ** 2

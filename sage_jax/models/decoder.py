@@ -25,7 +25,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sage_jax import batch
+from sage_jax import batch, product
 from sage_jax import head as heads
 from sage_jax.models import attention, attention_blocks, layers, moe
 from sage_jax.models import spec as spec_lib
@@ -38,7 +38,7 @@ REMAT: dict[str, Any] = {
     "none": None,  # keep every intermediate
     "dots": _policies.save_from_both_policies(  # keep the outputs of linear maps and of attention
         _policies.dots_with_no_batch_dims_saveable,
-        _policies.save_only_these_names(attention_blocks.SAVED),
+        _policies.save_only_these_names(attention_blocks.SAVED, product.SAVED),
     ),
     "full": jax.checkpoint_policies.nothing_saveable,  # keep the layer inputs only
 }

@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sage_jax import head
+from sage_jax import head, product
 from sage_jax.models import attention, lora, moe, quantised, rope
 from sage_jax.models import spec as spec_lib
 
@@ -191,6 +191,7 @@ class Linear(nn.Module):
     bias: bool
     dtype: Any
     gain: float  # variance of the output at initialisation
+    platform: str  # where it runs: "cpu", "gpu", "tpu"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -201,7 +202,7 @@ class Linear(nn.Module):
             first = nn.initializers.variance_scaling(self.gain, "fan_in", "truncated_normal")
             kernel = self.param("kernel", first, (x.shape[-1], self.features), jnp.float32)
             base = {"kernel": kernel}
-            out = jax.lax.dot_general(flat, kernel.astype(self.dtype), (((1,), (0,)), ((), ())))
+            out = product.matmul(flat, kernel, self.platform)
         if own := quantised.present(self, lora.LEAVES):
             out = lora.delta(flat, out, own, base)
         if self.bias:
@@ -209,9 +210,17 @@ class Linear(nn.Module):
         return out.reshape(*x.shape[:-1], self.features)
 
 
-def dense(features: int, *, bias: bool | None, name: str, dtype: Any, gain: float = 1.0) -> Linear:
-    """A linear map; at initialisation its output variance is `gain`."""
-    return Linear(features, bool(bias), dtype, gain, name=name)
+def dense(
+    features: int,
+    kernel: attention.Kernel,
+    *,
+    bias: bool | None,
+    name: str,
+    dtype: Any,
+    gain: float = 1.0,
+) -> Linear:
+    """A linear map on the devices of `kernel`; at initialisation its output variance is `gain`."""
+    return Linear(features, bool(bias), dtype, gain, kernel.platform, name=name)
 
 
 class Attention(nn.Module):
@@ -237,7 +246,10 @@ class Attention(nn.Module):
 
         def project(name: str, heads: int) -> jax.Array:
             width = heads * spec.head_dim
-            out = dense(width, bias=spec.attention_bias, name=name, dtype=self.dtype)(x_BTD)
+            linear = dense(
+                width, self.kernel, bias=spec.attention_bias, name=name, dtype=self.dtype
+            )
+            out = linear(x_BTD)
             if qk_norm == "whole" and name != "v":
                 out = norm(spec, self.dtype, f"{name}_norm")(out)
             out = out.reshape(*x_BTD.shape[:2], heads, spec.head_dim)
@@ -251,6 +263,7 @@ class Attention(nn.Module):
         out = self._attend(q_BTHE, (key, value), kind, seen, past)
         output = dense(
             spec.d_model,
+            self.kernel,
             bias=spec.output_bias,
             name="o",
             dtype=self.dtype,
@@ -286,13 +299,15 @@ class MLP(nn.Module):
 
     spec: spec_lib.ModelSpec
     dtype: Any
+    kernel: attention.Kernel
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        spec, bias, dtype = self.spec, self.spec.mlp_bias, self.dtype
-        gate = dense(spec.d_ff, bias=bias, name="gate", dtype=dtype)(x_BTD)
-        up = dense(spec.d_ff, bias=bias, name="up", dtype=dtype)(x_BTD)
-        down = dense(spec.d_model, bias=bias, name="down", dtype=dtype, gain=0.5 / spec.layers)
+        spec = self.spec
+        linear = functools.partial(dense, kernel=self.kernel, bias=spec.mlp_bias, dtype=self.dtype)
+        gate = linear(spec.d_ff, name="gate")(x_BTD)
+        up = linear(spec.d_ff, name="up")(x_BTD)
+        down = linear(spec.d_model, name="down", gain=0.5 / spec.layers)
         return down(moe.ACTIVATIONS[spec.activation](gate) * up)
 
 
@@ -334,7 +349,7 @@ class Block(nn.Module):
         if spec.experts:
             out, balance = moe.Experts(spec, dtype, self.kernel, name="mlp")(entering, real_BT)
         else:
-            out = MLP(spec, dtype, name="mlp")(entering)
+            out = MLP(spec, dtype, self.kernel, name="mlp")(entering)
         x_BTD = x_BTD + normed(out, "mlp_post_norm", "after")
         if self.constrain is not None:
             x_BTD = self.constrain(x_BTD)

@@ -82,6 +82,13 @@ class Progress:
         if self.done < self.total and pause >= _PAUSE and enough and waited:
             self._say()
 
+    def leave_out(self, seconds: float) -> None:
+        """Takes the last `seconds` out of the rate: spent on what will not come again."""
+        self._began += seconds
+        if self._bar is not None:
+            self._bar.start_t += seconds
+            self._bar.last_print_t += seconds
+
     def say(self, text: str) -> None:
         """Prints a line of its own, above the bar where there is one; such as a warning."""
         if not writers.first_process():

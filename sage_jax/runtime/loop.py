@@ -408,7 +408,7 @@ class Trainer:
             ref_logps_N2=self.reference, rows_L=self.passes.rows_L, shape=shape,
         )  # fmt: skip
         with contextlib.closing(batches):
-            self._compile(ahead.lengths(placed, length_N, shape))
+            self._compile(ahead.lengths(placed, length_N, shape), bar)
             for pair_B, pair_RS in zip(plan, placed, strict=True):
                 rows, waited = self._next_batch(batches)
                 now = self.counters.step
@@ -443,7 +443,7 @@ class Trainer:
                 if stopped():
                     return
 
-    def _compile(self, wanted: Sequence[int]) -> None:
+    def _compile(self, wanted: Sequence[int], bar: progress.Progress) -> None:
         """Compiles the step for the row lengths of a round; that is no time of a step."""
         new = self.train_step.missing(wanted)
         if not new:
@@ -460,6 +460,7 @@ class Trainer:
         )  # fmt: skip
         self.say(f"compiled in {progress.duration(seconds)}")
         self.counters.seconds_compiling += seconds
+        bar.leave_out(seconds)
         self.clock = time.perf_counter()
 
     def _next_batch(self, batches: Iterator[batch.PackedBatch]) -> tuple[batch.PackedBatch, float]:

@@ -55,6 +55,25 @@ def test_what_was_done_before_does_not_count_for_the_rate():
     assert lines[-1] == "sage: 100/100 steps (100%), 2.00 s a step, 40 s"
 
 
+def test_what_will_not_come_again_does_not_count_for_the_rate():
+    clock, stream = Clock(), io.StringIO()
+    with progress.Progress(100, "sage", "steps", stream=stream, clock=clock) as bar:
+        clock.now += 50.0
+        bar.leave_out(50.0)
+        for _ in range(10):
+            clock.now += 2.0
+            bar.update()
+    first = stream.getvalue().splitlines()[0]
+    assert first == "sage: 1/100 steps (1%), 2.00 s a step, 3 min 18 s left"
+
+
+def test_a_bar_leaves_it_out_too():
+    with progress.Progress(100, "sage", "steps", stream=Terminal()) as bar:
+        before = bar._bar.format_dict["elapsed"]
+        bar.leave_out(50.0)
+        assert bar._bar.format_dict["elapsed"] < before - 49.0
+
+
 def test_nothing_to_do_prints_nothing():
     assert lines_of(0, 1.0) == []
     assert lines_of(10, 1.0, start=10) == []

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import jobs
 import numpy as np
 import pytest
 
@@ -15,7 +16,7 @@ from sage_jax import __main__ as launcher
 from sage_jax import config
 from sage_jax.data import encode, records
 from sage_jax.report import writers
-from sage_jax.runtime import forward, loop, rounds, setup, training
+from sage_jax.runtime import loop, rounds, training
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SMALL = {
@@ -159,18 +160,7 @@ def test_rows_and_summary_add_up(uninterrupted):
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
     """A loaded model and its data, for runs inside this process."""
-    from sage_jax.runtime import mesh as meshes
-
-    base = tmp_path_factory.mktemp("job")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SAGE_JAX_CACHE", str(base))
-        run, mesh = small_run(), meshes.make_mesh()
-        policy = setup.load_policy(run, mesh)
-        pairs = setup.load_pairs(run, policy.tokenizer, run.data.train)
-        passes = forward.Passes(policy, mesh, setup.row_shape(run, pairs.lengths_N2, mesh))
-        stats = forward.stored_stats(run, policy, passes, pairs, "reference")
-    return {"policy": policy, "passes": passes, "pairs": pairs, "start": stats,
-            "reference": stats.logps}  # fmt: skip
+    return jobs.loaded(small_run(), tmp_path_factory.mktemp("job"))
 
 
 def train(job, workdir, run):

@@ -4,14 +4,14 @@ import dataclasses
 import pathlib
 
 import jax
+import jobs
 import numpy as np
 import pytest
 
 from sage_jax import __main__ as launcher
 from sage_jax import config, rules
 from sage_jax.data import encode, records
-from sage_jax.runtime import forward, loop, rounds, scoring, setup
-from sage_jax.runtime import mesh as meshes
+from sage_jax.runtime import loop, rounds, scoring, setup
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SMALL = {
@@ -24,26 +24,17 @@ SMALL = {
 
 
 def small_run(**changes):
-    settings = [f"--config.{k}={v}" for k, v in (SMALL | changes).items()]
-    command = ["train", f"--config={ROOT / 'configs/quickstart.py'}", "--workdir=x", *settings]
-    return config.resolve(launcher.parse(command)[1])
+    return jobs.small_run(SMALL, **changes)
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
     """A loaded model and its data; a column `loss` that is easy to recognise."""
-    base = tmp_path_factory.mktemp("job")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SAGE_JAX_CACHE", str(base))
-        run, mesh = small_run(), meshes.make_mesh()
-        policy = setup.load_policy(run, mesh)
-        pairs = setup.load_pairs(run, policy.tokenizer, run.data.train)
-        passes = forward.Passes(policy, mesh, setup.row_shape(run, pairs.lengths_N2, mesh))
-        stats = forward.stored_stats(run, policy, passes, pairs, "reference")
+    found = jobs.loaded(small_run(), tmp_path_factory.mktemp("job"))
+    pairs = found["pairs"]
     column = np.random.default_rng(0).permutation(120).astype(np.float64)
     pairs = dataclasses.replace(pairs, columns=pairs.columns | {"loss": column})
-    return {"policy": policy, "passes": passes, "pairs": pairs, "start": stats,
-            "reference": stats.logps}  # fmt: skip
+    return found | {"pairs": pairs}
 
 
 def train(job, workdir, run, *, until=None):

@@ -5,14 +5,13 @@ import json
 import pathlib
 
 import jax
+import jobs
 import numpy as np
 import pytest
 
-from sage_jax import __main__ as launcher
 from sage_jax import config, curriculum, noise
 from sage_jax.report import writers
-from sage_jax.runtime import forward, loop, rounds, setup, summary, suspicion
-from sage_jax.runtime import mesh as meshes
+from sage_jax.runtime import loop, rounds, setup, summary, suspicion
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SMALL = {
@@ -23,22 +22,7 @@ SMALL = {
 
 
 def small_run(**changes):
-    settings = [f"--config.{k}={v}" for k, v in (SMALL | changes).items()]
-    command = ["train", f"--config={ROOT / 'configs/quickstart.py'}", "--workdir=x", *settings]
-    return config.resolve(launcher.parse(command)[1])
-
-
-def loaded(run, base):
-    """A model, its data and its reference log-probs, as a run has them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SAGE_JAX_CACHE", str(base))
-        mesh = meshes.make_mesh()
-        policy = setup.load_policy(run, mesh)
-        pairs = setup.load_pairs(run, policy.tokenizer, run.data.train)
-        passes = forward.Passes(policy, mesh, setup.row_shape(run, pairs.lengths_N2, mesh))
-        stats = forward.stored_stats(run, policy, passes, pairs, "reference")
-    return {"policy": policy, "passes": passes, "pairs": pairs, "start": stats,
-            "reference": stats.logps}  # fmt: skip
+    return jobs.small_run(SMALL, **changes)
 
 
 def planted(path, share):
@@ -62,7 +46,7 @@ def flipped_file(tmp_path_factory):
 @pytest.fixture(scope="module")
 def job(tmp_path_factory, flipped_file):
     run = small_run(**{"data.train": flipped_file})
-    return loaded(run, tmp_path_factory.mktemp("job"))
+    return jobs.loaded(run, tmp_path_factory.mktemp("job"))
 
 
 def train(job, workdir, run, *, until=None):
@@ -244,7 +228,7 @@ def test_planted_flips_rank_high_in_a_short_run_and_none_are_seen_without(
     changes = {"data.limit": 1500, "train.steps": 60, "train.batch_pairs": 32,
                "curriculum.pool_size": 512, "data.train": flipped_file}  # fmt: skip
     run = small_run(**changes)
-    parts = loaded(run, tmp_path / "cache")
+    parts = jobs.loaded(run, tmp_path / "cache")
     _, outcome = train(parts, tmp_path / "run", run)
     flips, flipped = outcome.flips, parts["pairs"].columns["flipped"] > 0
     seen = np.isfinite(flips.posterior_N)
@@ -253,6 +237,6 @@ def test_planted_flips_rank_high_in_a_short_run_and_none_are_seen_without(
     # Their share is too much to ask of so few steps: here it is still estimated as 0.
     plain = dataclasses.replace(run, data=dataclasses.replace(
         run.data, train=str(planted(tmp_path / "plain.jsonl", 0.0))))  # fmt: skip
-    parts = loaded(plain, tmp_path / "cache")
+    parts = jobs.loaded(plain, tmp_path / "cache")
     _, outcome = train(parts, tmp_path / "plain", plain)
     assert outcome.flips.share < 0.06 and not outcome.flips.many

@@ -76,6 +76,16 @@ def test_every_equation_of_the_working_holds(modules, name, level, question, ans
         assert eval(lines[-1].removeprefix("=")) == int(answer)
 
 
+def test_an_equation_without_one_answer_is_left_out(modules):
+    gym_tasks = modules["gym_tasks"]
+    about = {"equation": "5*n - 5*n = 0", "variable": "n"}  # as drawn once in some 10,000
+    one = entry("Solve for n: 5*n - 5*n = 0", "7", about)
+    assert gym_tasks.problem(one, gym_tasks.SOURCES["simple_equations"], 1) is None
+    about["equation"] = "n*n = 4"  # not linear: the package has changed, and that has to show
+    with pytest.raises(ValueError, match="not linear"):
+        gym_tasks.problem(one, gym_tasks.SOURCES["simple_equations"], 1)
+
+
 def test_working_that_misses_the_answer_of_the_package_is_refused(modules):
     gym_tasks = modules["gym_tasks"]
     wrong = entry("43 + 19 =", "63", {"expression": "43 + 19"})

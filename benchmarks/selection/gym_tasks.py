@@ -45,6 +45,10 @@ _OPERATIONS: dict[type, tuple[str, Callable[[int, int], int]]] = {
 }
 
 
+class UndeterminedError(ValueError):
+    """An entry that has no one answer; the package makes one in some ten thousand."""
+
+
 # -- working, from the metadata of an entry --------------------------------------------------------
 
 
@@ -114,8 +118,10 @@ def simple_equations(entry: Entry) -> Worked:
     name, value = entry["metadata"]["variable"], int(right)
     at = [_value(ast.parse(left, mode="eval").body, x) for x in (0, 1, 2)]
     number, factor = at[0], at[1] - at[0]
-    if at[2] - at[1] != factor or factor == 0:
+    if at[2] - at[1] != factor:
         raise ValueError(f"{left!r} is not linear in {name}.")
+    if factor == 0:
+        raise UndeterminedError(f"{left} = {right} holds for every {name} or for none.")
     lines, term = [], name if factor == 1 else f"{factor}*{name}"
     if number:
         sign, rest = "-" if number > 0 else "+", value - number
@@ -244,7 +250,7 @@ def question(entry: Entry) -> str:
 def problem(entry: Entry, source: Source, level: int) -> Problem | None:
     """An entry as a problem of a level; None if its working does not fit, or misses the answer.
 
-    Only the package's own working (`gsm_symbolic`) may miss.
+    Only the package's own working (`gsm_symbolic`) may miss; what has no one answer has no working.
 
     >>> entry = {"question": "60 + 9 =", "answer": "69", "metadata": {"expression": "60 + 9"}}
     >>> problem(entry, SOURCES["chain_sum"], 1).solution
@@ -253,7 +259,10 @@ def problem(entry: Entry, source: Source, level: int) -> Problem | None:
     Raises:
         ValueError: working of ours does not arrive at the package's answer.
     """
-    lines, result = source.work(entry)
+    try:
+        lines, result = source.work(entry)
+    except UndeterminedError:
+        return None
     if not verify.number(result, entry["answer"]):
         if source.work is gsm_symbolic:
             return None

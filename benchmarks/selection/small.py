@@ -23,6 +23,7 @@ from lab import curves
 METHODS: dict[str, dict[str, Any]] = {  # on top of lab.RUN; `sage` is the default configuration
     "uniform": {"selection.name": "uniform"},
     "sage": {},
+    "sage soft": {"selection.soft": 0.5},  # chosen by ablations.py; it has no rate of its own
     "random": {"selection.name": "random", "curriculum.sharpness": 0.0},
     "static": {"selection.name": "uniform"},  # on the third that SAGE selects before training
     "gradient": {"selection.name": "gradient", "selection.margin": "reward",
@@ -60,7 +61,7 @@ def conditions(
     """What is compared under which kind of pairs: settings, and what else makes the job."""
     plain = {name: (METHODS[name], PAIRS.get(name, {})) for name in methods}
     few = {name: plain[name] for name in ("uniform", "sage") if name in plain}
-    own = {n + OWN: plain[n] for n in methods if rates[n] != rates["uniform"]}
+    own = {n + OWN: plain[n] for n in methods if rates.get(n, rates["uniform"]) != rates["uniform"]}
     found = {"on-policy": plain | own}
     found["exact chosen"] = {n: (s, {"chosen": "exact"}) for n, (s, _) in few.items()}
     for flips in (0.1, 0.2):

@@ -208,8 +208,8 @@ def main() -> None:
 
     calls = {name: repeated(programs[name], state, rows, count) for name in steps}
     (_, written), (_, ours) = calls["plain"](), calls["scores_off"]()
-    for name, value in ours.metrics.items():  # grad_norm and the effect of the first steps too
-        np.testing.assert_allclose(written[name], value, rtol=1e-3, atol=1e-4, err_msg=name)
+    for name, value in written.items():  # grad_norm and the effect of the first steps too
+        np.testing.assert_allclose(ours.metrics[name], value, rtol=1e-3, atol=1e-4, err_msg=name)
     calls["scoring"] = lambda: [programs["scoring"](params, None, score_rows) for _ in range(count)]
     seconds = common.interleaved_seconds(calls, repeats=args.repeats, warmup=1)
 

@@ -314,9 +314,14 @@ def _sample_step(run: config.Run, policy: setup.Policy, mesh: jax.sharding.Mesh)
     )  # fmt: skip
 
 
+def _kernel(run: config.Run, mesh: jax.sharding.Mesh, length: int) -> str:
+    """The back end of attention that a run takes for rows of so many tokens."""
+    return attention.Kernel(run.model.attention, mesh).chosen(length)
+
+
 def _block(run: config.Run, mesh: jax.sharding.Mesh, length: int) -> int | None:
     """Queries and keys of the blocks that the run's attention skips; None: it skips none."""
-    kernel = attention.Kernel(run.model.attention, mesh).chosen(length)
+    kernel = _kernel(run, mesh, length)
     if kernel == "dense":
         return None
     if kernel == "splash":
@@ -335,8 +340,8 @@ def _keys(
     block = _block(run, mesh, shape.row_length)
     if block is None:
         return shape.row_length
-    kernel = attention.Kernel(run.model.attention, mesh).chosen(shape.row_length)
-    how: dict[str, Any] = {"passes": attention_tpu.passes} if kernel == "splash" else {}
+    splash = _kernel(run, mesh, shape.row_length) == "splash"
+    how: dict[str, Any] = {"passes": attention_tpu.passes} if splash else {}
     parts, stretches = meshes.row_multiple(mesh), mesh.shape[meshes.CONTEXT]
     return planned.keys_computed(
         pairs, shape, batch_pairs, parts=parts, stretches=stretches, block=block, **how

@@ -36,6 +36,8 @@ METHODS: dict[str, dict[str, Any]] = {  # on top of lab.RUN; `sage` is the defau
 }  # fmt: skip
 PAIRS = {"static": {"chosen": "static"}}  # other pairs than the world's
 RATES = (4e-5, 8e-5, 1.6e-4)
+# Policies that know little: supervised for a third, and two fifths, of the steps.
+WEAK = {"arithmetic": {"train.steps": 260}, "equations": {"train.steps": 500}}
 OWN, UNGUARDED = ", own rate", ", no guard"
 RATES_FILE = lab.RESULTS / "small_rates.json"
 
@@ -44,7 +46,8 @@ def jobs_of(args, seeds: list[int], rates: dict[str, dict[str, float]]) -> dict[
     """(condition, task, method, seed) -> job."""
     found = {}
     for task in args.task.split(","):
-        for condition, methods in conditions(args.methods.split(","), rates[task]).items():
+        methods_of = conditions(args.methods.split(","), rates[task], WEAK.get(task))
+        for condition, methods in methods_of.items():
             if args.conditions and condition not in args.conditions.split(","):
                 continue
             for name, (settings, more) in methods.items():
@@ -57,7 +60,7 @@ def jobs_of(args, seeds: list[int], rates: dict[str, dict[str, float]]) -> dict[
 
 
 def conditions(
-    methods: list[str], rates: dict[str, float]
+    methods: list[str], rates: dict[str, float], weak: dict[str, Any] | None = None
 ) -> dict[str, dict[str, tuple[dict, dict]]]:
     """What is compared under which kind of pairs: settings, and what else makes the job."""
     plain = {name: (METHODS[name], PAIRS.get(name, {})) for name in methods}
@@ -65,6 +68,8 @@ def conditions(
     own = {n + OWN: plain[n] for n in methods if rates.get(n, rates["uniform"]) != rates["uniform"]}
     found = {"on-policy": plain | own}
     found["exact chosen"] = {n: (s, {"chosen": "exact"}) for n, (s, _) in few.items()}
+    if weak:
+        found["weak policy"] = {n: (s, {"model": json.dumps(weak)}) for n, (s, _) in few.items()}
     for flips in (0.1, 0.2):
         noisy = {name: (settings, {"flips": flips}) for name, (settings, _) in few.items()}
         if "sage" in few:

@@ -206,8 +206,8 @@ def _keep(q_INGQE, key_NGME, value_NGME, ranges, position_NM, settings):
         given = (q_INGQE, key_NGME, value_NGME)
         q_INGQE, key_NGME, value_NGME = (product.keep_bits(x, SAVED) for x in given)
     out, lse = _forward(q_INGQE, key_NGME, value_NGME, ranges, position_NM, settings)
-    keep = product.keep_bits if settings.cpu else checkpoint_name
-    out, lse = keep(out, SAVED), keep(lse, SAVED)
+    out = product.keep_bits(out, SAVED) if settings.cpu else checkpoint_name(out, SAVED)
+    lse = checkpoint_name(lse, SAVED)
     return out, (q_INGQE, key_NGME, value_NGME, ranges, position_NM, out, lse)
 
 

@@ -211,7 +211,9 @@ def attention_part(args: argparse.Namespace, model: Any, names: list[str], repor
 def score(args: argparse.Namespace, model: Any, params: Any, top: float, **options: Any):
     mine = rows_of(args, dataclasses.replace(model, remat="none"), args.score_tokens, **options)
     rows = jax.device_put(mine.batches[0])
-    cast = jax.tree.map(lambda x: x.astype(jnp.dtype(args.dtype)) if x.ndim > 2 else x, params)
+    cast = params
+    if jax.default_backend() != "cpu":  # as `runtime.forward` does
+        cast = jax.tree.map(lambda x: x.astype(jnp.dtype(args.dtype)) if x.ndim > 2 else x, params)
     fn = mine.stats.lower(cast, None, rows).compile()
     taken = seconds(fn, cast, None, rows, repeats=args.repeats)
     return figures(mine, mine.batches[0], taken, 1.0, top)

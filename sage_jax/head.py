@@ -47,6 +47,7 @@ class Settings(NamedTuple):
     logit_norm: bool
     light: bool  # log-probabilities, and logit_norm if asked for, alone
     softcap: float = 0.0  # bound of the logits, see `cap`; 0 = none
+    cpu: bool = False  # where XLA has rules of its own, see `product` and `layers.norm`
 
 
 def cap(logits: Any, softcap: float) -> Any:
@@ -136,6 +137,10 @@ def _logits(hidden_NCD: Any, head_DV: Any, softcap: float) -> Any:
 
 def _of_chunk(logits: Any, targets: Any, settings: Settings) -> tuple[TokenStats, Any]:
     """Statistics, and the log of the softmax's denominator."""
+    if settings.cpu and logits.ndim > 2:  # sums over [1, C, V] take ten times as long
+        flat = logits.reshape(-1, logits.shape[-1])
+        found = _of_chunk(flat, targets.reshape(-1), settings)
+        return jax.tree.map(lambda x: x.reshape(targets.shape), found)
     top = logits.max(axis=-1)
     weight = jnp.exp(logits - top[..., None])
     total = weight.sum(axis=-1)
@@ -178,11 +183,13 @@ def _forward(hidden, head, targets, count, settings, *, keep):
         part, part_lse = _of_chunk(logits, wanted, settings)
         found = TokenStats(*(_onto(x, y, i) for x, y in zip(found, part, strict=True)))
         if keep:
-            kept = _onto(kept, _excess(logits, part_lse, wanted, hidden.dtype, settings.softcap), i)
+            excess = _excess(logits, part_lse, wanted, hidden.dtype, settings.softcap)
+            kept = _onto(kept, product.to_bits(excess) if settings.cpu else excess, i)
         return found, _onto(lse, part_lse, i), kept
 
     zero = jnp.zeros((rows, length), jnp.float32)
-    kept = jnp.zeros((rows, length, head.shape[1]), hidden.dtype) if keep else ()
+    bits = jax.eval_shape(product.to_bits, hidden).dtype if settings.cpu else hidden.dtype
+    kept = jnp.zeros((rows, length, head.shape[1]), bits) if keep else ()
     start = (TokenStats(*[zero] * len(TokenStats._fields)), zero, kept)
     return jax.lax.fori_loop(0, _chunks(count, chunk, length), one, start)
 
@@ -203,19 +210,26 @@ def _backward(settings, residuals, slopes):
     # The gradient of the head is as large as the head and is written once a chunk: few large ones.
     chunk = settings.chunk
     if settings.keep:
-        chunk *= max(n for n in range(1, 5) if (length // settings.chunk) % n == 0)
+        chunks = length // chunk
+        most = (
+            min(4, max(1, chunks // 4)) if settings.cpu else 4
+        )  # the last one is half for nothing
+        chunk *= max(n for n in range(1, most + 1) if chunks % n == 0)
 
     def one(i, carry):
         d_hidden, d_head = carry
         part, factor = _slice(hidden, i, chunk), _slice(slope, i, chunk)[..., None]
         if settings.keep:
-            excess = _slice(kept, i, chunk)
+            excess = product.from_bits(_slice(kept, i, chunk), hidden.dtype)
         else:
             logits = _logits(part, head, settings.softcap)
             wanted = _slice(targets, i, chunk)
             excess = _excess(logits, _slice(lse, i, chunk), wanted, hidden.dtype, settings.softcap)
         flat = excess.reshape(-1, excess.shape[-1])
-        back = jnp.matmul(flat, head.T, preferred_element_type=jnp.float32)
+        if settings.cpu:
+            back = product.dot(flat, head, 1)  # given head.T, XLA would widen both
+        else:
+            back = jnp.matmul(flat, head.T, preferred_element_type=jnp.float32)
         new = -factor * back.reshape(part.shape)
         scaled = (-factor * part).astype(hidden.dtype).reshape(-1, width)
         d_head += product.over_rows(scaled, flat)

@@ -88,6 +88,30 @@ def decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
+def clip_by_global_norm(most: float) -> optax.GradientTransformation:
+    """Scales gradients down to a global norm of at most `most`.
+
+    On a CPU by one factor: of optax's division XLA makes an array as large as the gradients, which
+    is written and read again, a fifth of the bytes that an update moves.
+
+    >>> clip_by_global_norm(1.0).update(jnp.array([3.0, 4.0]), optax.EmptyState())[0].round(2)
+    Array([0.6, 0.8], dtype=float32)
+    """
+    plain = optax.clip_by_global_norm(most)
+
+    def scaled(updates: Any) -> Any:
+        norm = optax.tree.norm(updates)
+        factor = jnp.where(norm < most, 1.0, most / norm)
+        return jax.tree.map(lambda x: x * factor.astype(x.dtype), updates)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return jax.lax.platform_dependent(
+            updates, cpu=scaled, default=lambda x: plain.update(x, state)[0]
+        ), state
+
+    return optax.GradientTransformation(plain.init, update)
+
+
 def make(
     *,
     lr: float,
@@ -155,7 +179,7 @@ def make(
     rate = learning_rate(
         lr=lr, name=schedule, warmup=warmup, steps=steps, min_lr_ratio=min_lr_ratio
     )
-    chain = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
+    chain = [clip_by_global_norm(clip_norm)] if clip_norm else []
     if name == "adamw":
         chain.append(optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=moments_dtype))
     else:

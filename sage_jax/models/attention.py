@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 KERNELS = ("auto", "dense", "blocks", "triton", "tokamax", "splash")
 DENSE_UP_TO = 128  # tokens in a row; beyond that blocks are as fast on a CPU, and soon many times
+STREAMS = 2  # on a CPU, of whose cores a loop over small products occupies one
 BLOCK = 64  # queries and keys of a block, the best of 64 to 512 for heads of 24 and 64 channels
 
 
@@ -166,7 +167,7 @@ def attend(
     given = (q_RTHE, key_RTGE, value_RTGE, visible)
     options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
     if name in _PARTS:
-        part = functools.partial(_PARTS[name], **options)
+        part = functools.partial(_PARTS[name], **options, platform=kernel.platform)
         spread = kernel.size(kernel.context) > 1 or name == "blocks"
         if kernel.mesh is None or kernel.mesh.size == 1 or not spread:
             return part(*given, visible.position_RT)
@@ -193,6 +194,7 @@ def _dense(
     scale: float,
     window: int,
     softcap: float,
+    platform: str,
 ) -> jax.Array:
     """With all logits at once.
 
@@ -226,12 +228,14 @@ def _in_blocks(
     scale: float,
     window: int,
     softcap: float,
+    platform: str,
 ) -> jax.Array:
     """The rows of a device as one long row: then a block of queries skips what it alone does not
     see, where side by side the rows would share their loop's length."""
     from sage_jax.models import attention_blocks
 
     rows, length, heads, width = q_RTHE.shape
+    cpu = platform == "cpu"
     offset_R1 = (jnp.arange(rows, dtype=jnp.int32) * key_RTGE.shape[1])[:, None]
     first, last = visible.first_RT + offset_R1, visible.last_RT + offset_R1
 
@@ -244,7 +248,7 @@ def _in_blocks(
         join(value_RTGE),
         Visible(join(first), join(last), join(visible.position_RT)),
         join(key_position_RC),
-        attention_blocks.Settings(scale, window, softcap, BLOCK, BLOCK),
+        attention_blocks.Settings(scale, window, softcap, BLOCK, BLOCK, cpu, STREAMS if cpu else 1),
     )
     return out.reshape(rows, length, heads * width)
 

@@ -72,16 +72,18 @@ class Decoder(nn.Module):
         real_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, layers.KeyValue | None, moe.Balance | None]:
         spec = self.spec
+        # On a CPU the layers' sum stays float32: XLA would widen what is kept of it, see `product`.
+        cpu = self.kernel.platform == "cpu"
         embed = nn.Embed(
             spec.vocab,
             spec.d_model,
-            dtype=self.dtype,
+            dtype=None if cpu else self.dtype,  # None: the table is not cast as a whole
             embedding_init=nn.initializers.normal(0.02),
             name="embed",
         )
-        x_BTD = embed(tokens_BT)
+        x_BTD = embed(tokens_BT).astype(jnp.float32 if cpu else self.dtype)
         if spec_lib.FAMILIES[spec.family].embed_scaled:
-            x_BTD = x_BTD * jnp.asarray(spec.d_model**0.5, self.dtype)
+            x_BTD = x_BTD * jnp.asarray(spec.d_model**0.5, x_BTD.dtype)
         if self.constrain is not None:
             x_BTD = self.constrain(x_BTD)
         block: Any = layers.Block
@@ -99,7 +101,7 @@ class Decoder(nn.Module):
         x_BTD, (own, balance) = stack(x_BTD, layers.kinds(spec, length), past, turns, seen, real_BT)
         if not spec.tied and self.is_initializing():
             _Head(spec, name="lm_head")()
-        return layers.norm(spec, self.dtype, "final_norm")(x_BTD), own, balance
+        return layers.norm(spec, self.dtype, "final_norm", self.kernel)(x_BTD), own, balance
 
 
 class _Head(nn.Module):

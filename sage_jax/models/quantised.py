@@ -25,6 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sage_jax import product
+
 Params = Any  # nested dict of arrays
 Node = dict[str, Any]  # the leaves of one linear map
 BLOCK = 64  # weights of a column that share a scale in nf4, as in the paper
@@ -165,37 +167,43 @@ def _choose(code: jax.Array, scale: jax.Array) -> jax.Array:
     return value
 
 
-def matmul(x_ND: jax.Array, node: Node) -> jax.Array:
+def matmul(x_ND: jax.Array, node: Node, platform: str) -> jax.Array:
     """`x @ kernel`, in the dtype of x; of the layer's weights nothing is kept for the gradient.
 
     Args:
       x_ND: [N, in].
       node: leaves of one layer.
+      platform: "cpu", "gpu" or "tpu": where it runs.
 
     Returns:
       [N, out].
     """
     if "w8a8" in node:
         return _whole_numbers(x_ND, node)
-    return _matmul(x_ND, node)
+    return _matmul(x_ND, node, platform)
 
 
-@jax.custom_vjp
-def _matmul(x_ND: jax.Array, node: Node) -> jax.Array:
-    return _product(x_ND, dequantise(node).astype(x_ND.dtype), 0)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _matmul(x_ND: jax.Array, node: Node, platform: str) -> jax.Array:
+    return _product(x_ND, dequantise(node).astype(x_ND.dtype), 0, platform)
 
 
-def _product(x: jax.Array, kernel: jax.Array, axis: int) -> jax.Array:
+def _product(x: jax.Array, kernel: jax.Array, axis: int, platform: str) -> jax.Array:
+    if platform == "cpu":
+        return product.dot(x, kernel, axis).astype(x.dtype)
     return jax.lax.dot_general(x, kernel, (((1,), (axis,)), ((), ())))
 
 
-def _forward(x_ND: jax.Array, node: Node) -> tuple[jax.Array, Node]:
-    return _matmul(x_ND, node), node  # not the kernel: a scan would keep it for every layer
+def _forward(x_ND: jax.Array, node: Node, platform: str) -> tuple[jax.Array, Node]:
+    out = _matmul(x_ND, node, platform)
+    if platform == "cpu":
+        out = product.keep_bits(out, product.SAVED)
+    return out, node  # not the kernel: a scan would keep it for every layer
 
 
-def _backward(node: Node, out_NF: jax.Array) -> tuple[jax.Array, Node]:
+def _backward(platform: str, node: Node, out_NF: jax.Array) -> tuple[jax.Array, Node]:
     kernel = dequantise(node).astype(out_NF.dtype)
-    return _product(out_NF, kernel, 1), jax.tree.map(_no_gradient, node)
+    return _product(out_NF, kernel, 1, platform), jax.tree.map(_no_gradient, node)
 
 
 def _no_gradient(leaf: jax.Array) -> Any:

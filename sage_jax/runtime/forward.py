@@ -72,14 +72,17 @@ class Passes:
             pairs: the data set.
             index_P: int, which of its pairs.
             logit_norm, light: see `logprobs.make_logps_fn`.
-            dtype: of the matmuls; "" is the model's. The weights are cast once for the whole pass.
+            dtype: of the matmuls; "" is the model's. The weights are cast once for the whole pass,
+                on CPUs layer by layer.
             bar: shows how far the pass is.
 
         Returns:
             float32 [P, 2], in the order of `index_P`.
         """
         frozen = self._policy.frozen
-        if dtype:
+        # Of bfloat16 weights of all layers XLA's CPU backend makes float32 ones, as a whole, before
+        # it takes a layer's: there each layer's are rounded as they are used.
+        if dtype and (dtype == "int8" or self.mesh.devices.flat[0].platform != "cpu"):
             params, frozen = self._cast((params, frozen), dtype)
         shape = self.shape
         # The device is at work while the host takes what came before. But on CPUs two programs at

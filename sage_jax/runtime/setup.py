@@ -96,6 +96,7 @@ class Policy:
             penalty=penalty,
             spread=None if self.mesh is None else meshes.spread(self.mesh),
             memory=head_memory(self.mesh),
+            platform=model.kernel.platform,
         )
 
 

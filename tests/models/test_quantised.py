@@ -365,7 +365,7 @@ def test_whole_number_products_are_those_of_rounded_inputs(base):
     """Inputs by token, weights by column, both in float64."""
     x, kernel = _weights(96, 5, seed=2).T, _weights(96, 7)
     node = quantised.quantise(jnp.asarray(kernel), "w8a8")
-    found = jax.jit(quantised.matmul)(x, node)
+    found = jax.jit(quantised.matmul, static_argnums=2)(x, node, "cpu")
     _, _, rounded = _by_hand(kernel, "int8")
     _, _, inputs = _by_hand(x.T, "int8")
     np.testing.assert_allclose(found, inputs.T @ rounded, atol=1e-7)

@@ -38,7 +38,7 @@ class Visible(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Kernel:
+class Placement:
     """How attention is computed, and over which devices.
 
     Attributes:
@@ -84,7 +84,7 @@ class Kernel:
         return 1 if self.mesh is None else math.prod(self.mesh.shape[axis] for axis in axes)
 
 
-AUTO = Kernel()
+AUTO = Placement()
 
 
 def causal(segment_RT: jax.Array, position_RT: jax.Array) -> Visible:
@@ -142,7 +142,7 @@ def attend(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
-    kernel: Kernel = AUTO,
+    place: Placement = AUTO,
 ) -> jax.Array:
     """Grouped-query attention with a float32 softmax.
 
@@ -154,7 +154,7 @@ def attend(
       scale: factor of the logits, 1 / sqrt(E) in most models.
       window: positions that a query sees, its own included; 0 = all.
       softcap: logits become softcap * tanh(logits / softcap); 0 = as they are.
-      kernel: the back end, and the devices.
+      place: the back end, and the devices.
 
     Returns:
       [R, T, H * E] in the dtype of the values.
@@ -162,25 +162,25 @@ def attend(
     Raises:
       ValueError: the back end cannot do what is asked for.
     """
-    name = kernel.chosen(q_RTHE.shape[1])
+    name = place.chosen(q_RTHE.shape[1])
     given = (q_RTHE, key_RTGE, value_RTGE, visible)
     options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
     if name in _PARTS:
         part = functools.partial(_PARTS[name], **options)
-        spread = kernel.size(kernel.context) > 1 or name == "blocks"
-        if kernel.mesh is None or kernel.mesh.size == 1 or not spread:
+        spread = place.size(place.context) > 1 or name == "blocks"
+        if place.mesh is None or place.mesh.size == 1 or not spread:
             return part(*given, visible.position_RT)
         from sage_jax.models import attention_spread
 
         # Each device by itself: left to the compiler, all would share the longest of their loops.
-        return attention_spread.attend(*given, kernel=kernel, part=part)
+        return attention_spread.attend(*given, place=place, part=part)
     if name == "splash":
         from sage_jax.models import attention_tpu
 
-        return attention_tpu.attend(*given, **options, kernel=kernel)
+        return attention_tpu.attend(*given, **options, place=place)
     from sage_jax.models import attention_gpu
 
-    return attention_gpu.attend(*given, **options, kernel=kernel, tokamax=name == "tokamax")
+    return attention_gpu.attend(*given, **options, place=place, tokamax=name == "tokamax")
 
 
 def _dense(

@@ -46,19 +46,19 @@ def attend(
     scale: float,
     window: int,
     softcap: float,
-    kernel: Any,
+    place: Any,
     tokamax: bool,
 ) -> jax.Array:
-    """As `attention.attend`; `kernel` names the mesh that the arrays are spread over.
+    """As `attention.attend`; `place` names the mesh that the arrays are spread over.
 
     Raises:
       ValueError: tokamax with a window in rows with shared prompts, or a missing package.
     """
     rows, length, heads, width = q_RTHE.shape
-    if kernel.size(kernel.context) > 1:
+    if place.size(place.context) > 1:
         raise ValueError(
-            f"attention={kernel.name!r} takes whole rows, and mesh.context="
-            f"{kernel.size(kernel.context)} splits them. Use model.attention='blocks', or "
+            f"attention={place.name!r} takes whole rows, and mesh.context="
+            f"{place.size(place.context)} splits them. Use model.attention='blocks', or "
             f"mesh.context=1."
         )
     if tokamax:
@@ -68,16 +68,16 @@ def attend(
         )  # fmt: skip
     else:
         block = 64 if q_RTHE.dtype == jnp.float32 or width > 128 else 128
-        settings = Settings(scale, window, softcap, block, 64, kernel.interpret)
+        settings = Settings(scale, window, softcap, block, 64, place.interpret)
         local = functools.partial(_padded, settings=settings)
-    if kernel.mesh is not None and kernel.mesh.size > 1:
-        split = kernel.size(kernel.heads)
+    if place.mesh is not None and place.mesh.size > 1:
+        split = place.size(place.heads)
         fits = heads % split == 0 and key_RTGE.shape[2] % split == 0
-        row_axes = kernel.rows if rows % kernel.size(kernel.rows) == 0 else ()
-        array = PartitionSpec(row_axes or None, None, (kernel.heads if fits else ()) or None)
+        row_axes = place.rows if rows % place.size(place.rows) == 0 else ()
+        array = PartitionSpec(row_axes or None, None, (place.heads if fits else ()) or None)
         local = jax.shard_map(
             local,
-            mesh=kernel.mesh,
+            mesh=place.mesh,
             in_specs=(array, array, array, *[PartitionSpec(row_axes or None)] * 3),
             out_specs=array,
             check_vma=False,

@@ -87,9 +87,9 @@ def attend(
     scale: float,
     window: int,
     softcap: float,
-    kernel: Any,
+    place: Any,
 ) -> jax.Array:
-    """As `attention.attend`; `kernel` names the mesh that the arrays are spread over.
+    """As `attention.attend`; `place` names the mesh that the arrays are spread over.
 
     Raises:
       ValueError: a window in rows with shared prompts, where positions are not indices.
@@ -101,10 +101,10 @@ def attend(
         )
     rows, length, heads, _ = q_RTHE.shape
     found = attention_spread.Split((), (), ())
-    spread = kernel.mesh is not None and kernel.mesh.size > 1
+    spread = place.mesh is not None and place.mesh.size > 1
     if spread:
         found = attention_spread.split(
-            kernel, rows=rows, length=length, heads=heads, groups=key_RTGE.shape[2]
+            place, rows=rows, length=length, heads=heads, groups=key_RTGE.shape[2]
         )
 
     def local(q_RTHE, key_RTGE, value_RTGE, ranges):
@@ -116,7 +116,7 @@ def attend(
             mask = _within if not ids else _from if outs else _up_to(window)
             out = _part(
                 q_RTHE, key_RCGE, value_RCGE, first_RT, last_RT, *ids,
-                mask=mask, softcap=softcap, interpret=kernel.interpret,
+                mask=mask, softcap=softcap, interpret=place.interpret,
             )  # fmt: skip
             outs.append(out)
         if len(outs) == 1:
@@ -130,7 +130,7 @@ def attend(
     array = found.spec(heads_at=2)
     return jax.shard_map(
         local,
-        mesh=kernel.mesh,
+        mesh=place.mesh,
         in_specs=(array, array, array, found.spec()),
         out_specs=array,
         check_vma=False,

@@ -212,15 +212,15 @@ class Linear(nn.Module):
 
 def dense(
     features: int,
-    kernel: attention.Kernel,
+    place: attention.Placement,
     *,
     bias: bool | None,
     name: str,
     dtype: Any,
     gain: float = 1.0,
 ) -> Linear:
-    """A linear map on the devices of `kernel`; at initialisation its output variance is `gain`."""
-    return Linear(features, bool(bias), dtype, gain, kernel.platform, name=name)
+    """A linear map on the devices of `place`; at initialisation its output variance is `gain`."""
+    return Linear(features, bool(bias), dtype, gain, place.platform, name=name)
 
 
 class Attention(nn.Module):
@@ -228,7 +228,7 @@ class Attention(nn.Module):
 
     spec: spec_lib.ModelSpec
     dtype: Any
-    kernel: attention.Kernel
+    place: attention.Placement
 
     @nn.compact
     def __call__(
@@ -246,9 +246,7 @@ class Attention(nn.Module):
 
         def project(name: str, heads: int) -> jax.Array:
             width = heads * spec.head_dim
-            linear = dense(
-                width, self.kernel, bias=spec.attention_bias, name=name, dtype=self.dtype
-            )
+            linear = dense(width, self.place, bias=spec.attention_bias, name=name, dtype=self.dtype)
             out = linear(x_BTD)
             if qk_norm == "whole" and name != "v":
                 out = norm(spec, self.dtype, f"{name}_norm")(out)
@@ -263,7 +261,7 @@ class Attention(nn.Module):
         out = self._attend(q_BTHE, (key, value), kind, seen, past)
         output = dense(
             spec.d_model,
-            self.kernel,
+            self.place,
             bias=spec.output_bias,
             name="o",
             dtype=self.dtype,
@@ -280,7 +278,7 @@ class Attention(nn.Module):
             windows = window_choices(spec, q_BTHE.shape[1])
             # A branch for each window, which kernels want static; the scan takes one a layer.
             branches: list[Callable[..., jax.Array]] = [
-                functools.partial(attention.attend, window=window, kernel=self.kernel, **common)
+                functools.partial(attention.attend, window=window, place=self.place, **common)
                 for window in windows
             ]
             if len(branches) == 1:
@@ -299,12 +297,12 @@ class MLP(nn.Module):
 
     spec: spec_lib.ModelSpec
     dtype: Any
-    kernel: attention.Kernel
+    place: attention.Placement
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         spec = self.spec
-        linear = functools.partial(dense, kernel=self.kernel, bias=spec.mlp_bias, dtype=self.dtype)
+        linear = functools.partial(dense, place=self.place, bias=spec.mlp_bias, dtype=self.dtype)
         gate = linear(spec.d_ff, name="gate")(x_BTD)
         up = linear(spec.d_ff, name="up")(x_BTD)
         down = linear(spec.d_model, name="down", gain=0.5 / spec.layers)
@@ -322,7 +320,7 @@ class Block(nn.Module):
     dtype: Any
     keep: bool
     constrain: Callable[[jax.Array], jax.Array] | None
-    kernel: attention.Kernel
+    place: attention.Placement
 
     @nn.compact
     def __call__(
@@ -342,14 +340,14 @@ class Block(nn.Module):
             return norm(spec, dtype, name)(x) if norms in (place, "both") else x
 
         entering = normed(x_BTD, "attention_norm", "before")
-        attend = Attention(spec, dtype, self.kernel, name="attention")
+        attend = Attention(spec, dtype, self.place, name="attention")
         attended, own = attend(entering, kind, rotation, seen, past)
         x_BTD = x_BTD + normed(attended, "attention_post_norm", "after")
         entering = normed(x_BTD, "mlp_norm", "before")
         if spec.experts:
-            out, balance = moe.Experts(spec, dtype, self.kernel, name="mlp")(entering, real_BT)
+            out, balance = moe.Experts(spec, dtype, self.place, name="mlp")(entering, real_BT)
         else:
-            out = MLP(spec, dtype, self.kernel, name="mlp")(entering)
+            out = MLP(spec, dtype, self.place, name="mlp")(entering)
         x_BTD = x_BTD + normed(out, "mlp_post_norm", "after")
         if self.constrain is not None:
             x_BTD = self.constrain(x_BTD)

@@ -249,7 +249,7 @@ def on_mesh(run: config.Run, model: decoder.Model, mesh: jax.sharding.Mesh) -> d
         constrain=meshes.residual(mesh),
         gather=meshes.table(mesh),
         together=_together(run, model, mesh),
-        kernel=attention.Kernel(
+        place=attention.Placement(
             run.model.attention, mesh, meshes.ROWS, ("tensor",), (meshes.CONTEXT,)
         ),
     )
@@ -427,7 +427,7 @@ def shares_prompts(run: config.Run, model: decoder.Model, pairs: encode.EncodedP
     setting = run.data.share_prompts
     spec = model.spec
     windows = any(getattr(spec, "windows", ()) or ()) or bool(getattr(spec, "window", 0))
-    splash = attention.Kernel(run.model.attention).chosen(2**20) == "splash"
+    splash = attention.Placement(run.model.attention).chosen(2**20) == "splash"
     if setting == "on" and windows and splash:
         raise ValueError(
             "config.data.share_prompts='on' does not go with this model's sliding windows on a "
@@ -450,7 +450,7 @@ def row_shape(
         mesh: the devices.
         share: the lengths are of rows with shared prompts.
     """
-    kernel = attention.Kernel(run.model.attention, mesh).chosen(2**20)
+    kernel = attention.Placement(run.model.attention, mesh).chosen(2**20)
     return steps.shape(
         lengths_N,
         batch_pairs=min(run.train.batch_pairs, len(lengths_N)),

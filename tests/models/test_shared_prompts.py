@@ -56,7 +56,7 @@ def loss_and_gradients(model, params, pairs, share):
 @pytest.mark.parametrize("kernel", ["dense", "blocks"])
 def test_sharing_the_prompt_changes_nothing_but_the_work(kernel):
     spec = models.ModelSpec(vocab=64, d_model=32, d_ff=64, layers=2, heads=4, kv_heads=2)
-    model = dataclasses.replace(models.Model(spec), kernel=attention.Kernel(kernel))
+    model = dataclasses.replace(models.Model(spec), place=attention.Placement(kernel))
     params, pairs = model.init(jax.random.key(0)), make_pairs()
     value, stats, grads, tokens = loss_and_gradients(model, params, pairs, share=False)
     shared = loss_and_gradients(model, params, pairs, share=True)
@@ -75,7 +75,7 @@ def test_shared_prompts_over_eight_devices():
     plan = pack.plan(lengths, range(PAIRS), row_length=128, rows=4, slots=PAIRS)
     rows = pack.collate(pairs, plan[0], 128, share=True)
     mesh = meshes.make_mesh(data=2, fsdp=2, tensor=2)
-    one = dataclasses.replace(models.Model(spec), kernel=attention.Kernel("blocks"))
+    one = dataclasses.replace(models.Model(spec), place=attention.Placement("blocks"))
     params = one.init(jax.random.key(0))
 
     def total(model, mesh, params, rows):
@@ -83,8 +83,8 @@ def test_shared_prompts_over_eight_devices():
         return jnp.sum(logps_fn(params, None, rows).logps * rows.pair_RS[..., None])
 
     wanted = jax.grad(lambda p: total(one, None, p, rows))(params)
-    kernel = attention.Kernel("blocks", mesh, meshes.ROWS, ("tensor",))
-    many = dataclasses.replace(one, kernel=kernel)
+    place = attention.Placement("blocks", mesh, meshes.ROWS, ("tensor",))
+    many = dataclasses.replace(one, place=place)
     placed = jax.device_put(params, meshes.shardings(params, mesh))
     found = jax.jit(jax.grad(lambda p, b: total(many, mesh, p, b)))(placed, meshes.put(rows, mesh))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):

@@ -35,6 +35,9 @@ class Visible(NamedTuple):
     # int32, the running maximum of `last_RT`, which ties queries to the later keys that they see;
     # None where no query sees a later key, which a kernel may rely on.
     ahead_RT: jax.Array | None = None
+    # int32 [R, X], the tokens whose keys make up the row, where some do more than once; ranges are
+    # of these then. None: the keys of a row are those of its tokens, in order.
+    key_RX: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,13 +166,22 @@ def attend(
       ValueError: the back end cannot do what is asked for.
     """
     name = place.chosen(q_RTHE.shape[1])
-    given = (q_RTHE, key_RTGE, value_RTGE, visible)
+    position_RC = visible.position_RT
+    if visible.key_RX is not None:
+        if place.size(place.context) > 1:
+            raise ValueError(
+                f"Keys that a row has more than once do not go with mesh.context="
+                f"{place.size(place.context)}. Use data.share_prompts='pair'."
+            )
+        key_RTGE, value_RTGE = (_keys(x, visible.key_RX) for x in (key_RTGE, value_RTGE))
+        position_RC = _keys(position_RC, visible.key_RX)
+    given = (q_RTHE, key_RTGE, value_RTGE, visible, position_RC)
     options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
     if name in _PARTS:
         part = functools.partial(_PARTS[name], **options)
         spread = place.size(place.context) > 1 or name == "blocks"
         if place.mesh is None or place.mesh.size == 1 or not spread:
-            return part(*given, visible.position_RT)
+            return part(*given)
         from sage_jax.models import attention_spread
 
         # Each device by itself: left to the compiler, all would share the longest of their loops.
@@ -181,6 +193,12 @@ def attend(
     from sage_jax.models import attention_gpu
 
     return attention_gpu.attend(*given, **options, place=place, tokamax=name == "tokamax")
+
+
+def _keys(x_RT: jax.Array, key_RX: jax.Array) -> jax.Array:
+    """What belongs to the keys of a row, of arrays [R, T, ...]."""
+    index = key_RX.reshape(*key_RX.shape, *[1] * (x_RT.ndim - 2))
+    return jnp.take_along_axis(x_RT, index, axis=1, mode="promise_in_bounds")
 
 
 def _dense(

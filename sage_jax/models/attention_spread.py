@@ -63,6 +63,7 @@ def attend(
     key_RTGE: jax.Array,
     value_RTGE: jax.Array,
     visible: Any,
+    position_RC: jax.Array,
     *,
     place: Any,
     part: Callable[..., jax.Array],
@@ -71,6 +72,7 @@ def attend(
 
     Args:
       q_RTHE, key_RTGE, value_RTGE, visible: as there.
+      position_RC: int32, the positions of the keys, which may be more than the queries.
       place: names the mesh.
       part: `(q, key, value, Visible, key_position) -> [R, T, H * E]` of one device, with more keys
         than queries.
@@ -80,8 +82,8 @@ def attend(
         groups=key_RTGE.shape[2],
     )  # fmt: skip
 
-    def local(q, key, value, first, last, position):
-        keys, values, at = (gather(x, found.context, 1) for x in (key, value, position))
+    def local(q, key, value, first, last, position, key_position):
+        keys, values, at = (gather(x, found.context, 1) for x in (key, value, key_position))
         return part(q, keys, values, visible._replace(
             first_RT=first, last_RT=last, position_RT=position), at)  # fmt: skip
 
@@ -89,7 +91,10 @@ def attend(
     return jax.shard_map(
         local,
         mesh=place.mesh,
-        in_specs=(array, array, array, tokens, tokens, tokens),
+        in_specs=(array, array, array, tokens, tokens, tokens, tokens),
         out_specs=array,
         check_vma=False,
-    )(q_RTHE, key_RTGE, value_RTGE, *visible[:3])
+    )(
+        q_RTHE, key_RTGE, value_RTGE, visible.first_RT, visible.last_RT, visible.position_RT,
+        position_RC,
+    )  # fmt: skip

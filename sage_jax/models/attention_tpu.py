@@ -83,6 +83,7 @@ def attend(
     key_RTGE: jax.Array,
     value_RTGE: jax.Array,
     visible: Any,
+    position_RC: jax.Array,
     *,
     scale: float,
     window: int,
@@ -91,15 +92,25 @@ def attend(
 ) -> jax.Array:
     """As `attention.attend`; `place` names the mesh that the arrays are spread over.
 
+    There may be more keys than queries.
+
     Raises:
-      ValueError: a window in rows with shared prompts, where positions are not indices.
+      ValueError: a window in rows with shared prompts, where positions are not indices; or rows
+        with copies of keys of more than `LONGEST` keys, where an index is not that of its key.
     """
+    del position_RC
     if window and visible.ahead_RT is not None:
         raise ValueError(
             f"attention='splash' has no window ({window}) in rows with shared prompts. Use "
             f"data.share_prompts='off', or model.attention='blocks'."
         )
     rows, length, heads, _ = q_RTHE.shape
+    keys = key_RTGE.shape[1]
+    if visible.key_RX is not None and keys > LONGEST:
+        raise ValueError(
+            f"attention='splash' takes rows of up to {LONGEST} keys where several pairs share a "
+            f"prompt, not {keys}. Use data.share_prompts='pair'."
+        )
     found = attention_spread.Split((), (), ())
     spread = place.mesh is not None and place.mesh.size > 1
     if spread:

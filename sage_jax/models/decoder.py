@@ -240,7 +240,8 @@ class Model:
         if shared is not None:
             first_RT, last_RT = jnp.asarray(shared.first_RT), jnp.asarray(shared.last_RT)
             ahead_RT = jax.lax.cummax(last_RT, axis=1)
-            seen = attention.Visible(first_RT, last_RT, seen.position_RT, ahead_RT)
+            key_RX = None if shared.key_RX is None else jnp.asarray(shared.key_RX)
+            seen = attention.Visible(first_RT, last_RT, seen.position_RT, ahead_RT, key_RX)
             together_RT = (segment_RT + 1) // 2  # both sides of a pair
         long_RT: jax.Array | bool = False
         if self._context < tokens_RT.shape[1]:

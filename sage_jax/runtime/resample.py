@@ -86,7 +86,9 @@ class Resampler:
         self.policy, self.passes, self.problems, self.capacity = policy, passes, problems, capacity
         self.reference = other or policy
         self.reference_passes = (
-            passes if other is None else forward.Passes(other, passes.mesh, passes.shape)
+            passes
+            if other is None
+            else forward.Passes(other, passes.mesh, passes.shape, passes.whole)
         )
         self.least = -int(-run.train.batch_pairs // config.kept_share(run))
 

@@ -22,8 +22,6 @@ from sage_jax.models import lora as adapters
 from sage_jax.runtime import chips, hosts
 from sage_jax.runtime import mesh as meshes
 
-LEAST_SHARED = 0.02  # of the tokens that sharing prompts has to save, else it is not done
-
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
@@ -416,27 +414,6 @@ def check_sides(pairs: encode.EncodedPairs, key: str, otherwise: str = "") -> No
             f"config.{key}: {len(single)} of {len(pairs)} rows have no rejected answer, the first "
             f"is {pairs.origin[single[0]]}. Give preference pairs{otherwise}."
         )
-
-
-def shares_prompts(run: config.Run, model: decoder.Model, pairs: encode.EncodedPairs) -> bool:
-    """Whether both completions of a pair share one prompt in their row, by data.share_prompts.
-
-    Raises:
-        ValueError: it is "on", and the model or the data do not allow it.
-    """
-    setting = run.data.share_prompts
-    spec = model.spec
-    windows = any(getattr(spec, "windows", ()) or ()) or bool(getattr(spec, "window", 0))
-    splash = attention.Placement(run.model.attention).chosen(2**20) == "splash"
-    if setting == "on" and windows and splash:
-        raise ValueError(
-            "config.data.share_prompts='on' does not go with this model's sliding windows on a "
-            "TPU. Use 'auto'."
-        )
-    if setting == "off" or (setting == "auto" and windows) or not pairs.lengths_N2[:, 1].all():
-        return False
-    saved = pairs.common_N.sum() / max(int(pairs.lengths_N2.sum()), 1)
-    return setting == "on" or bool(saved >= LEAST_SHARED)
 
 
 def row_shape(

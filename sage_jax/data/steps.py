@@ -18,7 +18,6 @@ from sage_jax.data import encode, groups, pack
 FACTORS = (1, 2, 3)  # row lengths to choose from, in longest pairs, where short rows are cheaper
 SIZES = 4  # row lengths in use, each of them a program to compile
 MOST_KEYS = 4.0  # for each token of a row: problems of long prompts and short answers need many
-LEAST_SAVED = 0.02  # of the tokens of rows, else problems are not put together
 DRAWS = 20  # batches that say what there is to save in a step
 LOOKED_AT = 2**15  # pairs that say what there is to save in a pass
 
@@ -119,21 +118,25 @@ def lengths(pairs: encode.EncodedPairs, pair_KRS: np.ndarray, shape: Shape) -> n
     return np.array(sizes)[np.minimum(np.searchsorted(sizes, most_K), len(sizes) - 1)]
 
 
-def of_problems(pairs: encode.EncodedPairs, shape: Shape, batch_pairs: int) -> tuple[Shape, Shape]:
+def of_problems(
+    pairs: encode.EncodedPairs, shape: Shape, batch_pairs: int, *, least: float = 0.0
+) -> tuple[Shape, Shape]:
     """Shapes of rows that hold pairs of one problem together, where that saves tokens.
 
     Args:
       pairs: the data set.
       shape: of the steps of a mesh, from lengths with shared prompts.
       batch_pairs: pairs in a step.
+      least: share of the tokens that has to be saved, in [0, 1).
 
     Returns:
       The shape for steps, in which few problems meet unless they are few; and the one for passes
-      over many pairs. Either is `shape` itself where less than `LEAST_SAVED` would be saved: of the
-      rows of passes over these pairs, or of the row length that random steps need.
+      over many pairs. Either is `shape` itself where less would be saved: of the rows of passes
+      over these pairs, or of the row length that random steps need.
     """
     some = np.arange(min(len(pairs), LOOKED_AT))
-    if shape.slots < 2 or len(np.unique(pairs.problem_N[some])) > (1 - LEAST_SAVED) * len(some):
+    problems = len(np.unique(pairs.problem_N[some]))
+    if shape.slots < 2 or problems == len(some) or problems > (1 - least) * len(some):
         return shape, shape
     free = groups.items(pairs, some, row_length=shape.row_length, slots=2**30, keys=MOST_KEYS)
     keys = (
@@ -143,14 +146,15 @@ def of_problems(pairs: encode.EncodedPairs, shape: Shape, batch_pairs: int) -> t
     slots = min(max(shape.slots, int(np.ceil(shape.row_length * dense))), 4 * shape.slots)
     passes = shape._replace(keys=keys, slots=slots)
     room = [int(lengths(pairs, plan_pass(pairs, some, one), one).sum()) for one in (shape, passes)]
-    if room[1] > (1 - LEAST_SAVED) * room[0]:
+    if room[1] >= room[0] or room[1] > (1 - least) * room[0]:
         passes = shape
     grouped = shape._replace(keys=keys)
     long, short = (
         int(tokens(pairs, drawn(pairs, one, batch_pairs), one).max()) for one in (shape, grouped)
     )
     short = pack.round_up(short, pack.grain(short))
-    if short > (1 - LEAST_SAVED) * min(long, shape.row_length):
+    most = min(long, shape.row_length)
+    if short >= most or short > (1 - least) * most:
         return shape, passes
     return grouped._replace(sizes=tuple(sorted({*grouped.sizes, shape.row_length, short}))), passes
 

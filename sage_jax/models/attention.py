@@ -1,7 +1,9 @@
 """Attention over packed rows: which keys a query sees, and the sums over them.
 
-What a query sees is one contiguous range of its row, so two integers a token say it all. No caller
-builds a [T, T] mask, and a kernel that takes ranges needs none.
+What a query sees is one contiguous range of its row's keys, so two integers a token say it all. No
+caller builds a [T, T] mask, and a kernel that takes ranges needs none. Where completions of several
+pairs share a prompt, copies of its keys keep this so; a range with a hole would have fitted neither
+the TPU's kernel, whose mask is a function of one integer a query, nor those of tokamax.
 
     dense    every query with every key: one [T, T] array a head, the fastest for short rows
     blocks   plain XLA in blocks, without those that no query sees; runs everywhere

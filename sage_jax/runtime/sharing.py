@@ -36,8 +36,8 @@ def problem_shapes(
     """The rows of steps and those of passes, by data.share_prompts: alike, unless pairs of one
     problem lie together in one of them and share their prompt and their completions.
 
-    This alone decides where they do: not where one of the data, the model and the devices does not
-    allow it, and where it saves tokens.
+    This alone decides where they do: where it saves anything ("problem") or `LEAST_SHARED` of the
+    tokens ("auto"), and neither the model nor the devices forbid it.
 
     Args:
         run: the settings.
@@ -53,6 +53,7 @@ def problem_shapes(
     place, scaling = model.place, model.spec.rope_scaling
     longest = shape.packed.row_length
     reasons = {
+        "data.packing=False": not run.data.packing,
         "mesh.context": place.size(place.context) > 1,
         "a model whose rotary factors depend on the length of a sequence": (
             scaling is not None and scaling.kind == "longrope"
@@ -69,4 +70,5 @@ def problem_shapes(
         )
     if refused:
         return shape, shape
-    return steps.of_problems(pairs, shape, min(run.train.batch_pairs, len(pairs)))
+    least = LEAST_SHARED if run.data.share_prompts == "auto" else 0.0
+    return steps.of_problems(pairs, shape, min(run.train.batch_pairs, len(pairs)), least=least)

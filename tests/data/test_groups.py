@@ -119,7 +119,7 @@ def test_steps_train_the_pairs_that_they_would_train_each_by_itself(rows_multipl
     pairs = make_problems(5, problems=8, most=12)
     lengths, order = pairs.row_lengths(True), np.random.default_rng(2).permutation(len(pairs))
     alone = steps.shape(lengths, batch_pairs=16, rows_multiple=rows_multiple, share=True, long=True)
-    of_step, of_pass = steps.of_problems(pairs, alone, 16)
+    of_step, of_pass = steps.of_problems(pairs, alone, 16, least=0.02)
     assert of_step.every == alone.every and of_pass.keys > 1
     pair_KB = steps.split(lengths, order, alone.every, 16)
     grouped = alone._replace(keys=of_pass.keys)
@@ -145,10 +145,17 @@ def test_few_problems_that_meet_are_left_by_themselves():
     assert steps.of_problems(pairs, shape, 8) == (shape, shape)
     many = make_problems(1, problems=400, most=4)
     shape = steps.shape(many.row_lengths(True), batch_pairs=8, share=True, long=True)
-    of_step, of_pass = steps.of_problems(many, shape, 8)
+    of_step, of_pass = steps.of_problems(many, shape, 8, least=0.02)
     assert of_step == shape and of_pass.keys > 0  # they meet in a pass, not in a step
     alone = shape._replace(slots=1)
     assert steps.of_problems(many, alone, 8) == (alone, alone)
+
+
+def test_a_plan_of_no_pairs_has_no_rows():
+    pairs = make_problems(2)
+    plan = groups.plan(pairs, [], row_length=50, rows=2, slots=5, keys=2.0)
+    assert plan.shape == (0, 2, 5)
+    assert groups.work(pairs, plan, grouped=True).tokens.shape == (0, 2)
 
 
 def test_empty_slots_belong_to_no_pair():

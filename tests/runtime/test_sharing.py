@@ -132,6 +132,9 @@ def test_one_place_says_where_problems_are_computed_once(data, tmp_path, monkeyp
     scaling = spec.RopeScaling("longrope", factor=4.0)
     turned = dataclasses.replace(model, spec=dataclasses.replace(model.spec, rope_scaling=scaling))
     asked = config.replace(run, **{"data.share_prompts": "problem"})
+    alone = config.replace(asked, **{"data.packing": False})
+    with pytest.raises(ValueError, match="packing=False"):
+        decide(alone, model)
     for other, why in ((split, "mesh.context"), (turned, "rotary factors")):
         assert decide(run, other) == (shape, shape)
         with pytest.raises(ValueError, match=why):

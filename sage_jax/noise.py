@@ -16,9 +16,11 @@ of each pair's posterior. No forward pass is made for any of it. Plain numpy, on
 
 A policy that trains on flipped labels learns them by heart, one after the other: then it no longer
 contradicts any, and the share that can be read off falls to 0, while flipped pairs still have
-lower margins than others. So a share that was well supported time and again is held (`Held`). One
-look is not enough for that: a policy that is surely wrong of many right labels contradicts them
-until training has mended it, which takes a round or two.
+lower margins than others. So a share that was well supported time and again is held (`Held`).
+
+A policy that knows little contradicts right labels, however sure it is, as if they were flipped.
+Its ignorance is there before the first step (`at_start`). Where it is large, t says nothing of
+labels: then r alone decides, what others taught, and has to say so more clearly.
 """
 
 from __future__ import annotations
@@ -32,6 +34,9 @@ QUANTILE = 0.25  # lowest reward margins that the guard "quantile" leaves out
 LIKELY = 0.5  # posterior from which on a pair is suspected
 LEAST_SHARE = 0.05  # estimated share of flips from which on the guard "auto" acts,
 LEAST_GAIN = 3.0  # if it explains the data by so many nats better than no flips
+LEAST_DRIFT_GAIN = 10.0  # the same where drift alone decides: that of right pairs levels off too
+IGNORANT = 0.2  # share contradicted at the start however sure, or
+IGNORANT_SUREST = 0.4  # among the surest quarter, from which on drift alone decides
 LEAST_HELD = 30.0  # sum of such gains over a run, nats, from which on their mean share is held
 LEAST_PAIRS = 256  # pairs that have to be known before anything is concluded
 _BINS = 256
@@ -43,6 +48,14 @@ class Held(NamedTuple):
 
     weight: float = 0.0  # sum of the gains, nats; 0 = there was none yet
     share: float = 0.0  # mean of the shares, weighted by their gains
+    ignorance: float = (
+        0.0  # 1 = the policy knew too little at the start to judge labels (`at_start`)
+    )
+
+    @property
+    def ignorant(self) -> bool:
+        """Whether drift alone decides."""
+        return self.ignorance > 0
 
     @property
     def firm(self) -> bool:
@@ -53,12 +66,21 @@ class Held(NamedTuple):
         """Takes an estimate in, if it is one that the guard "auto" would act on.
 
         >>> Held().with_estimate(0.125, 4.0).with_estimate(0.25, 4.0).with_estimate(0.0, 0.5)
-        Held(weight=8.0, share=0.1875)
+        Held(weight=8.0, share=0.1875, ignorance=0.0)
         """
-        if not _supported(share, gain):
+        if not self.supports(share, gain):
             return self
         weight = self.weight + gain
-        return Held(weight, self.share + gain / weight * (share - self.share))
+        return self._replace(weight=weight, share=self.share + gain / weight * (share - self.share))
+
+    def supports(self, share: float, gain: float) -> bool:
+        """Whether an estimate is large and well supported enough to act on.
+
+        >>> Held().supports(0.2, 4.0), Held(ignorance=1.0).supports(0.2, 4.0)
+        (True, False)
+        """
+        least = LEAST_DRIFT_GAIN if self.ignorant else LEAST_GAIN
+        return share >= LEAST_SHARE and gain >= least
 
 
 class Flips(NamedTuple):
@@ -78,7 +100,7 @@ class Flips(NamedTuple):
     @property
     def many(self) -> bool:
         """Whether there are, or were for some time, enough flips for the guard "auto" to act."""
-        return self.held.firm or _supported(self.share, self.gain)
+        return self.held.firm or self.held.supports(self.share, self.gain)
 
 
 def evidence(
@@ -111,8 +133,40 @@ def evidence(
         np.asarray(x, np.float64) for x in (likelihood_margin, reward_margin, error)
     )
     positive = error[np.isfinite(error) & (error > 0)]
-    error = np.where(error > 0, error, np.median(positive) if len(positive) else 1.0)
+    error = np.where(error == 0, np.median(positive) if len(positive) else 1.0, error)
     return np.stack([margin / error, reward / (beta * nats * error)], axis=-1)
+
+
+def at_start(likelihood_margin: np.ndarray, error: np.ndarray) -> Held:
+    """What to hold before training: whether the policy's own margins can judge labels.
+
+    They cannot where the policy contradicts labels however sure it is. Of a policy that has some
+    things right and is surely wrong of others the share that it contradicts falls with its
+    certainty, also if some labels are flipped. So it is ignorant if that share levels off already
+    at `IGNORANT` or more, by the fit of `detect`, or is `IGNORANT_SUREST` among the surest quarter
+    of the pairs. Many flips that a policy sees without any training look the same: their drift has
+    to show them.
+
+    Args:
+        likelihood_margin: float [N], of the policy that training starts from.
+        error: float [N], its standard error, in its units.
+
+    Returns:
+        `Held` without an estimate; not ignorant where fewer than `LEAST_PAIRS` are known.
+
+    >>> margin = np.where(np.arange(1000) % 9 < 4, -9.0, 9.0)  # sure, and often wrong
+    >>> at_start(margin, np.ones(1000)).ignorant
+    True
+    """
+    t = evidence(likelihood_margin, np.zeros(len(likelihood_margin)), error, 1.0)[:, 0]
+    t = t[np.isfinite(t)]
+    if len(t) < LEAST_PAIRS:
+        return Held()
+    surest = np.sort(np.abs(t))[-(len(t) // 4)]
+    share, _, gain = _fit(t)
+    contradicted = float(np.mean(t[np.abs(t) >= surest] < 0))
+    level = share >= IGNORANT and gain >= LEAST_GAIN
+    return Held(ignorance=float(level or contradicted >= IGNORANT_SUREST))
 
 
 def detect(evidence_NE: np.ndarray, held: Held | None = None) -> Flips:
@@ -249,10 +303,6 @@ def _direction(x_ME: np.ndarray) -> np.ndarray:
             return np.sum(x_ME * weight_E, axis=1)
         x_ME = np.delete(x_ME, np.argmin(weight_E), axis=1)
     return np.zeros(len(x_ME))
-
-
-def _supported(share: float, gain: float) -> bool:
-    return share >= LEAST_SHARE and gain >= LEAST_GAIN
 
 
 def _mean(x: np.ndarray) -> np.ndarray:

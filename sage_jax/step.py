@@ -18,7 +18,7 @@ from sage_jax import logprobs, losses, scores
 
 Array = batches.Array
 ScoreFn = Callable[[logprobs.SequenceStats, Array], scores.PairScores]
-WeightFn = Callable[[scores.PairScores, Array], Array]
+WeightFn = Callable[..., Array]  # (scores, weight_RS) or (scores, weight_RS, exponent)
 
 
 # Two rewards closer than this many nats a token are a tie: the policy and its reference run in
@@ -42,6 +42,13 @@ class TrainState(NamedTuple):
     params: Any  # what is trained: all weights, or adapters
     opt_state: optax.OptState
     beta: BetaState | tuple[()] = ()  # () with a constant beta
+
+
+class Now(NamedTuple):
+    """What may change from step to step without a new compilation; None is not in the program."""
+
+    nll_weight: float | Array | None = None  # float32 []; None = that which the step was made with
+    soft: float | Array | None = None  # float32 [], exponent that `weight_fn` is given
 
 
 class StepOutput(NamedTuple):
@@ -223,7 +230,8 @@ def make_train_step(
         score_fn: scores each pair from the statistics of this very forward pass; None leaves
             scoring out of the compiled program.
         weight_fn: soft selection, `(scores, weight_RS) -> weight_RS`, applied without gradient to
-            the pairs of one accumulation part. Needs `score_fn`.
+            the pairs of one accumulation part. Needs `score_fn`. Where `Now.soft` is given, it is
+            the third argument.
         nll_weight: see `pair_losses`.
         token_weighted: weight pairs by their chosen tokens, so that the `sft` loss is a mean over
             tokens.
@@ -236,8 +244,7 @@ def make_train_step(
             statistics alone.
 
     Returns:
-        An un-jitted `step(state, frozen, batch, nll_now=nll_weight) -> (TrainState, StepOutput)`;
-        given as an array, `nll_now` may change from step to step without a new compilation.
+        An un-jitted `step(state, frozen, batch, now=Now()) -> (TrainState, StepOutput)`.
 
     Raises:
         ValueError: `weight_fn` without `score_fn`, rows that `accumulate` does not divide, or an
@@ -278,17 +285,17 @@ def make_train_step(
         margin_RS = ratio[..., 0] - ratio[..., 1]
         return adapt_beta(beta, margin_RS, weight_RS, beta=loss.beta, alpha=beta_alpha)
 
-    def part_objective(params, frozen, part, total_weight, nll_now, beta):
+    def part_objective(params, frozen, part, total_weight, now, beta):
         found: Any = logps_fn(params, frozen, part)
         stats, penalty = found if penalty_weight else (found, None)
         seen = jax.lax.stop_gradient(stats)
         pairs = None if score_fn is None else score_fn(seen, part.ref_logps_RS2)
         weight_RS = _pair_weight(part, seen.tokens[..., 0] if token_weighted else None)
         if weight_fn is not None and pairs is not None:
-            weight_RS = weight_fn(pairs, weight_RS)
+            weight_RS = weight_fn(pairs, weight_RS, *(() if now.soft is None else (now.soft,)))
         factor, beta = adapted(beta, seen, part, weight_RS)
         loss_RS = pair_losses(
-            loss, stats, part.ref_logps_RS2, nll_weight=nll_now, reward_factor=factor
+            loss, stats, part.ref_logps_RS2, nll_weight=now.nll_weight, reward_factor=factor
         )
         # where, not *: an empty slot adds exactly 0, whatever the loss makes of its zeros.
         loss_RS = jnp.where(weight_RS > 0, loss_RS, 0.0)
@@ -325,12 +332,16 @@ def make_train_step(
         state: TrainState,
         frozen: Any,
         batch: batches.PackedBatch,
-        nll_now: float | Array = nll_weight,
+        now: Now = Now(),  # noqa: B008, immutable
     ):
+        if now.nll_weight is None:
+            now = now._replace(nll_weight=nll_weight)
+        if now.soft is not None and weight_fn is None:
+            raise ValueError("Now.soft is for weight_fn, which this step was made without.")
         weight_RS = _pair_weight(batch, _chosen_tokens(batch) if token_weighted else None)
         total_weight = jnp.maximum(weight_RS.sum(), 1e-8)
         (value, (stats, pairs, factor, beta, penalty)), grads = whole(
-            state.params, frozen, batch, total_weight, nll_now, state.beta
+            state.params, frozen, batch, total_weight, now, state.beta
         )
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

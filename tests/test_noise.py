@@ -191,3 +191,39 @@ def test_neighbours_mean_is_that_of_the_nearest_others():
         around = np.delete(by_rank[low : low + 7], rank - low)
         assert found[pair] == pytest.approx(around.mean(), rel=1e-12)
     assert np.isnan(noise.neighbours_mean(np.ones(1), np.zeros(1), np.array([0])))
+
+
+def test_what_a_policy_does_not_know_before_training_is_no_flip_after_it():
+    """A policy that is right of 60 % of the pairs, however sure it is, contradicts 40 % of them."""
+    rng = np.random.default_rng(12)
+    size = np.abs(rng.normal(0.0, 2.0, 4000))
+    ignorant = np.where(rng.random(4000) < 0.6, size, -size)
+    one = np.ones(4000)
+    start = noise.at_start(ignorant, one)
+    drift = rng.normal(0.1, 1.0, 4000)  # and learns little from others
+    x = noise.evidence(ignorant, drift, one, 1.0)
+    alarm, calm = noise.detect(x), noise.detect(x[:, 1:], start)
+    assert alarm.many and alarm.share > 0.3
+    assert start.ignorant and not calm.many and calm.held == start
+
+
+def test_flips_come_to_light_as_others_teach():
+    """The policy knew nothing of these pairs; what others taught tells them apart."""
+    rng = np.random.default_rng(13)
+    flipped = rng.random(4000) < 0.2
+    sign, one = np.where(flipped, -1.0, 1.0), np.ones(4000)
+    held = noise.at_start(sign * rng.normal(0.0, 1.0, 4000), one)
+    assert held.ignorant
+    for far in (0.5, 1.0, 1.5):
+        drift = sign * rng.normal(far, 0.7 * far, 4000)
+        found = noise.detect(drift[:, None], held)
+        held = found.held
+    assert found.many and held.firm and held.share == pytest.approx(0.2, abs=0.03)
+    assert flipped[found.suspected_N].mean() > 0.9
+
+
+def test_few_pairs_say_nothing_of_what_a_policy_does_not_know():
+    margin = -np.ones(noise.LEAST_PAIRS - 1)
+    assert noise.at_start(margin, np.ones(len(margin))) == noise.Held()
+    gaps = np.concatenate([margin, np.full(1000, np.nan)])
+    assert noise.at_start(gaps, np.ones(len(gaps))) == noise.Held()

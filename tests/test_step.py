@@ -196,7 +196,7 @@ def test_a_traced_nll_weight_gives_the_step_of_the_fixed_one_in_one_trace(parts)
     fn = jax.jit(step.make_train_step(counted, loss, tx, accumulate=parts))
     state = step.init_state(params(), tx)
     for weight in (0.0, 0.5, 2.0):
-        traced, output = fn(state, None, rows, jnp.float32(weight))
+        traced, output = fn(state, None, rows, step.Now(nll_weight=jnp.float32(weight)))
         fixed, expected = run(rows, nll_weight=weight, accumulate=parts)
         np.testing.assert_allclose(output.metrics["loss"], expected.metrics["loss"], rtol=1e-6)
         for name in traced.params:
@@ -204,6 +204,38 @@ def test_a_traced_nll_weight_gives_the_step_of_the_fixed_one_in_one_trace(parts)
                 traced.params[name], fixed.params[name], rtol=1e-5, atol=1e-7
             )
     assert len(traces) == 1
+
+
+def test_a_traced_exponent_gives_the_step_of_the_fixed_one_in_one_trace():
+    tx, rows, traces = optax.sgd(0.1), rows_of(4), []
+
+    def counted(p, frozen, b):
+        traces.append(1)
+        return logps_fn(p, frozen, b)
+
+    def weigh(pairs, weight, tau):
+        return selection.soft_weights(pairs.score, tau, weight)
+
+    make = lambda fn, how: step.make_train_step(  # noqa: E731
+        fn, losses.sigmoid(0.1), tx, score_fn=score_fn, weight_fn=how
+    )
+    fn, state = jax.jit(make(counted, weigh)), step.init_state(params(), tx)
+    for tau in (0.0, 0.5, 2.0):
+        traced, output = fn(state, None, rows, step.Now(soft=jnp.float32(tau)))
+        fixed, expected = run(
+            rows,
+            score_fn=score_fn,
+            weight_fn=lambda pairs, weight, tau=tau: weigh(pairs, weight, tau),
+        )
+        np.testing.assert_allclose(output.metrics["loss"], expected.metrics["loss"], rtol=1e-6)
+        for name in traced.params:
+            np.testing.assert_allclose(
+                traced.params[name], fixed.params[name], rtol=1e-5, atol=1e-7
+            )
+    assert len(traces) == 1
+    plain = step.make_train_step(logps_fn, losses.sigmoid(0.1), tx)
+    with pytest.raises(ValueError, match="weight_fn"):
+        plain(state, None, rows, step.Now(soft=0.5))
 
 
 @pytest.mark.parametrize("parts", [1, 2])

@@ -53,7 +53,8 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
     "pool": {f"pool {p}": {"curriculum.pool_size": p} for p in (128, 512, 2048)},
     "refresh": {f"refresh {r}": {"selection.refresh": r} for r in (0.0, 0.25, 1.0)},
     "soft weights": {
-        "off": {}, **{f"exponent {x:g}": {"selection.soft": x} for x in (0.5, 1.0)},
+        "by the labels": {}, "off": {"selection.soft": 0.0},
+        **{f"exponent {x:g}": {"selection.soft": x} for x in (0.5, 1.0)},
     },
 }  # fmt: skip
 

@@ -34,7 +34,7 @@ def judged(workdir: pathlib.Path, run: Any, every: int) -> list[dict[str, Any]]:
         memory = curriculum.Memory(
             *(np.asarray(arrays[f"memory.{name}"]) for name in curriculum.Memory._fields)
         )
-        held = noise.Held(*map(float, np.asarray(arrays["round.held_2"])))
+        held = noise.Held(*map(float, np.asarray(arrays["round.held_3"])))
         flips = suspicion.detect(memory, run, pairs, held)
         seen_N, suspected_N = np.isfinite(flips.posterior_N), flips.suspected_N
         row: dict[str, Any] = {

@@ -23,7 +23,8 @@ from lab import curves
 METHODS: dict[str, dict[str, Any]] = {  # on top of lab.RUN; `sage` is the default configuration
     "uniform": {"selection.name": "uniform"},
     "sage": {},
-    "sage soft": {"selection.soft": 0.5},  # chosen by ablations.py; it has no rate of its own
+    "sage even": {"selection.soft": 0.0},  # the same without weights inside the steps
+    "sage soft": {"selection.soft": 0.5},  # with them whatever the labels look like
     "random": {"selection.name": "random", "curriculum.sharpness": 0.0},
     "static": {"selection.name": "uniform"},  # on the third that SAGE selects before training
     "gradient": {"selection.name": "gradient", "selection.margin": "reward",

@@ -23,6 +23,7 @@ from sage_jax.config.schema import (
     OTHERS,
     POOL_BATCHES,
     REFRESH,
+    SOFT,
     Lora,
     Run,
     Selection,
@@ -39,6 +40,7 @@ __all__ = [
     "REFRESH",
     "RESUMABLE",
     "SAMPLED_COLUMNS",
+    "SOFT",
     "Lora",
     "Run",
     "Selection",
@@ -151,6 +153,8 @@ def _settle(run: Run) -> Run:
         changes["curriculum.pool_size"] = POOL_BATCHES * run.train.batch_pairs if scored else 0
     if run.selection.refresh == -1:
         changes["selection.refresh"] = REFRESH if scored else 0.0
+    if run.selection.soft == -1 and (run.selection.name != "sage" or run.train.accumulate > 1):
+        changes["selection.soft"] = 0.0
     if not run.selection.guard:  # plain DPO trains on everything, unless told otherwise
         changes["selection.guard"] = "off" if plain else "auto"
     if plain:  # a config that compares a selection with plain DPO turns into it by one setting
@@ -170,6 +174,8 @@ def sampled(columns: Mapping[str, Any]) -> bool:
 
 def settle_data(run: Run, columns: Mapping[str, Any]) -> Run:
     """The run with the -1 of `selection.kappa`, `keep`, `uniform_share` replaced, by the data.
+
+    That of `selection.soft` stays where rounds decide: for pairs of the policy's own answers.
 
     Pairs made of the policy's own answers carry its `pass_rate`. There the tokens' doubt says which
     errors are chance, and some pairs teach much more than others. Where the chosen answers come
@@ -191,6 +197,8 @@ def settle_data(run: Run, columns: Mapping[str, Any]) -> Run:
     if run.selection.name not in ("sage", "random"):  # random: its twin
         wanted |= {k: v for k, v in ON_POLICY.items() if k != "kappa"}
     left = {f"selection.{k}": v for k, v in wanted.items() if getattr(run.selection, k) == -1}
+    if run.selection.soft == -1 and not sampled(columns):
+        left["selection.soft"] = 0.0
     return replace(run, **left)
 
 

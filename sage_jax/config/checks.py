@@ -50,7 +50,7 @@ _POSITIVE = (
 ).split()
 _NOT_NEGATIVE = (
     "seed eval.seed data.limit loss.gamma loss.nll_weight loss.displacement_limit loss.nll_auto "
-    "eval.kl_prompts eval.kl_limit selection.soft curriculum.pool_size "
+    "eval.kl_prompts eval.kl_limit curriculum.pool_size "
     "selection.scoring_tokens optim.eps optim.weight_decay optim.clip_norm eval.every "
     "curriculum.sharpness reference.spot_check sample.temperature rounds.resample"
 ).split()
@@ -232,6 +232,7 @@ def _check_scoring(run: Run) -> None:
         ("kappa", "0 or more", chosen.kappa >= 0),
         ("keep", "in (0, 1]", 0 < chosen.keep <= 1),
         ("uniform_share", "in [0, 1]", 0 <= chosen.uniform_share <= 1),
+        ("soft", "0 or more", chosen.soft >= 0),
     ):
         if not fits and getattr(chosen, key) != -1:
             raise ValueError(

@@ -104,7 +104,8 @@ class Selection:
     # Pairs left out once training began: off, quantile (the lowest quarter of reward margins),
     # suspects (labels that look flipped, see noise.py), auto (these, if there are enough of them).
     guard: str = ""  # "" = auto with a selection, off with "uniform"
-    soft: float = 0.0  # exponent of in-step weights ~ score^soft; 0 = off
+    soft: float = -1.0  # exponent of in-step weights ~ score^soft; 0 = off; -1 = 0.5 for sage and
+    # pairs with a pass_rate, in rounds whose labels are known and hardly any looks flipped; else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,6 +245,7 @@ POOL_BATCHES = 16  # curriculum.pool_size, for a rule that reads scores
 REFRESH = 3 / 16  # selection.refresh, for such a rule: three of these batches
 ON_POLICY = {"kappa": 2.0, "keep": 0.33, "uniform_share": 0.0}  # selection.*, with a pass_rate
 OTHERS = {"kappa": 0.0, "keep": 0.75, "uniform_share": 0.5}  # and without
+SOFT = 0.5  # selection.soft=-1 where it acts
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

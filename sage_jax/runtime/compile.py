@@ -259,11 +259,12 @@ def make_step(
         loss = setup.make_loss(run)
         program = programs.train_step(run, policy, mesh, tx, loss, setup.make_score_fn(run, loss))
         start = state.abstract_state(run, policy.params, mesh)
-        nll = (jax.ShapeDtypeStruct((), jnp.float32),) if run.loss.nll_auto else ()
+        number = jax.ShapeDtypeStruct((), jnp.float32)
+        now = programs.now(run, nll_weight=number, soft=number)
         # The weights that training started from stay: they are the reference of evaluations.
         return Lowered(
             name,
-            lambda: program.lower(start, policy.frozen, rows, *nll),
+            lambda: program.lower(start, policy.frozen, rows, now),
             count,
             tokens,
             3 * flops,

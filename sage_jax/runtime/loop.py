@@ -126,13 +126,15 @@ class Trainer:
             programs.train_step(run, self.policy, mesh, tx, self.loss, self.score_fn)
         )
 
-    def _nll(self) -> tuple[np.float32, ...]:
-        """The weight of the NLL term in the step to come, where it may change."""
-        loss = self.run.loss
-        if not loss.nll_auto:
-            return ()
+    def _now(self) -> step.Now:
+        """What may change from step to step, in the step to come."""
+        loss, soft = self.run.loss, self.round.soft if self.round else None
         on = self.guard.nll_on(self.counters.step)
-        return (np.float32(loss.nll_auto if on else loss.nll_weight),)
+        return programs.now(
+            self.run,
+            nll_weight=np.float32(loss.nll_auto if on else loss.nll_weight),
+            soft=np.float32(0.0 if soft is None else soft),
+        )
 
     def _first_memory(self) -> curriculum.Memory:
         """The pass over the starting policy has already scored every pair."""
@@ -208,7 +210,7 @@ class Trainer:
         self.round = hosts.agree(self.round)
         self.memory = curriculum.note_drawn(self.memory, self.round.pool_P)
         self.counters.position = 0
-        self.round_metrics = rounds.metrics(self.round, drawn)
+        self.round_metrics = rounds.metrics(self.round, drawn, self.run)
         self._suspect(drawn.flips)
         writers.write_selection(
             self.workdir, self.round.number, rounds.log_rows(self.round, drawn, self.pairs.origin)
@@ -421,13 +423,13 @@ class Trainer:
                     self._flush()
                     row |= self._evaluated()
                     self.clock = time.perf_counter()
-                nll = self._nll()
-                if nll:
-                    row["loss/nll_weight"] = float(nll[0])
+                changing = self._now()
+                if changing.nll_weight is not None:
+                    row["loss/nll_weight"] = float(changing.nll_weight)
                 given = meshes.put(rows, mesh, shape.rows)
                 length = rows.tokens_RT.shape[1]
                 self.state, output = self.train_step(
-                    length, self.state, self.policy.frozen, given, *nll
+                    length, self.state, self.policy.frozen, given, changing
                 )
                 self._flush()  # the step before, while this one runs
                 self.counters.seconds_waiting += waited
@@ -461,7 +463,7 @@ class Trainer:
         seconds = self.train_step.compile(
             new,
             lambda length: (
-                self.state, self.policy.frozen, ahead.rows_of(shape, length, mesh), *self._nll()
+                self.state, self.policy.frozen, ahead.rows_of(shape, length, mesh), self._now()
             ),
         )  # fmt: skip
         self.say(f"compiled in {progress.duration(seconds)}")

@@ -26,7 +26,7 @@ def train_step(
     loss: losses.Loss,
     score_fn: step.ScoreFn,
 ) -> Any:
-    """The optimizer step `(state, frozen, rows[, nll_weight]) -> (state, StepOutput)`.
+    """The optimizer step `(state, frozen, rows, step.Now) -> (state, StepOutput)`.
 
     `frozen` is that of the policy: None, or the weights below its adapters.
 
@@ -42,12 +42,12 @@ def train_step(
         The jitted step, which donates its state.
     """
     uses_scores = (
-        config.needs_scores(run) or run.curriculum.sharpness > 0 or run.selection.soft > 0
+        config.needs_scores(run) or run.curriculum.sharpness > 0 or run.selection.soft != 0
     ) or run.selection.guard != "off"
     weigh = None
     if run.selection.soft:
-        weigh = lambda pairs, weight: selection.soft_weights(  # noqa: E731
-            pairs.score, run.selection.soft, weight
+        weigh = lambda pairs, weight, tau=run.selection.soft: selection.soft_weights(  # noqa: E731
+            pairs.score, tau, weight
         )
     placed = state.state_shardings(run, tx, policy.params, mesh)
     router_aux = setup.router_aux(run, policy.model)
@@ -63,12 +63,18 @@ def train_step(
         beta_alpha=state.beta_alpha(run),
         penalty_weight=router_aux,
     )
-    nll = (None,) if run.loss.nll_auto else ()  # its weight may change from step to step
     return jax.jit(
         train,
-        in_shardings=(placed, None, meshes.batch_sharding(mesh), *nll),
+        in_shardings=(placed, None, meshes.batch_sharding(mesh), None),
         out_shardings=(placed, meshes.replicated(mesh)),
         donate_argnums=0,
+    )
+
+
+def now(run: config.Run, *, nll_weight: Any = None, soft: Any = None) -> step.Now:
+    """What of a step may change in this run; the rest is constant in its program."""
+    return step.Now(
+        nll_weight if run.loss.nll_auto else None, soft if run.selection.soft == -1 else None
     )
 
 

@@ -30,11 +30,12 @@ class Round(NamedTuple):
     pair_KB: np.ndarray  # int32, the pairs of each of the K steps, -1 behind those of a short one
     competence_K: np.ndarray  # float64, running competence per stratum, after this round's draw
     rule: dict[str, np.ndarray]  # state of the selection rule, after this round's ranking
-    held_2: np.ndarray | None = None  # float64, `noise.Held` after this round's look at the labels
+    held_3: np.ndarray | None = None  # float64, `noise.Held` after this round's look at the labels
+    soft: np.ndarray | None = None  # float64 [], exponent of the weights inside its steps
 
     @property
     def held(self) -> noise.Held:
-        return noise.Held() if self.held_2 is None else noise.Held(*map(float, self.held_2))
+        return noise.Held() if self.held_3 is None else noise.Held(*map(float, self.held_3))
 
 
 class Drawn(NamedTuple):
@@ -201,9 +202,12 @@ def next_round(
         ranked = rank(pool_P, scored, memory, rule_state, run=run, loss=loss, pairs=pairs, rng=rng)
     priority_P = ranked.priority_P if ranked else None
     # At the start reward margins are 0, or say how policy and reference were made.
-    held = held or noise.Held()
-    flips = None
-    if (memory.trained > 0).any():
+    begun, flips = bool((memory.trained > 0).any()), None
+    if held is None:
+        held = noise.Held()
+        if not begun:
+            held = noise.at_start(memory.likelihood_margin, memory.margin_error)
+    if begun:
         flips = suspicion.detect(memory, run, pairs, held)
         held = flips.held
     chosen = select(pool_P, stratum_N[pool_P], priority_P, memory, run, rng, flips)
@@ -220,7 +224,8 @@ def next_round(
         )
     drawn = Drawn(stratum_N[pool_P], scored, chosen, share_K, population_K, priority_P, flips)
     state = dict(ranked.state) if ranked else {}
-    return Round(number, pool_P, pair_KB, competence_K, state, np.array(held)), drawn
+    soft = np.array(suspicion.soft_exponent(run, flips))
+    return Round(number, pool_P, pair_KB, competence_K, state, np.array(held), soft), drawn
 
 
 def rule_column(run: config.Run, pairs: encode.EncodedPairs) -> np.ndarray | None:
@@ -317,7 +322,7 @@ def log_rows(round_: Round, drawn: Drawn, origin: list[str]) -> list[dict]:
     return rows
 
 
-def metrics(round_: Round, drawn: Drawn) -> dict[str, float]:
+def metrics(round_: Round, drawn: Drawn, run: config.Run) -> dict[str, float]:
     """`selection/*` and `curriculum/*` of a round, as logged in the row of its first step."""
     selected = drawn.selection.selected_P
     row = {
@@ -328,6 +333,8 @@ def metrics(round_: Round, drawn: Drawn) -> dict[str, float]:
     if drawn.flips is not None:
         row["selection/suspected"] = float(drawn.flips.suspected_N.sum())
         row["selection/flip_share"] = drawn.flips.share
+    if run.selection.soft and round_.soft is not None:
+        row["selection/soft"] = float(round_.soft)
     if drawn.pairs is not None:
         for name in ("likelihood_margin", "margin_error", "score"):
             values = getattr(drawn.pairs, name)

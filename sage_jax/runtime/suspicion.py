@@ -25,27 +25,25 @@ def detect(
     """What the remembered margins, and estimates made earlier in the run, say about the labels.
 
     The share of flips is estimated over all pairs: those that a selection has trained or scored
-    lately are no fair sample of them. A pair that nothing has seen since the start is not accused.
-    Nothing is held of pairs that are not all the policy's own answers: where chosen ones come from
-    elsewhere, a policy is surely wrong of whole kinds of problems until it has learned them.
+    lately are no fair sample of them. A pair that nothing has seen since the start is not accused;
+    nor does it count where drift alone decides, which is that of pairs seen since.
+    No estimate is held of pairs that are not all the policy's own answers: where chosen ones come
+    from elsewhere, a policy is surely wrong of whole kinds of problems until it has learned them.
     """
     chosen, own = run.selection, config.sampled(pairs.columns)
     nats: np.ndarray | float = 1.0 / chosen.temperature
     if chosen.length_normalised:
         nats = nats * np.maximum((pairs.lengths_N2 - pairs.start_N2).mean(axis=1), 1.0)
-    flips = noise.detect(
-        noise.evidence(
-            memory.likelihood_margin,
-            memory.reward_margin,
-            memory.margin_error,
-            run.loss.beta,
-            nats,
-        ),
-        held if own else None,
-    )
-    if not own:
-        flips = flips._replace(held=noise.Held())
+    held = held or noise.Held()
     seen_N = memory.last_round >= 0
+    evidence_NE = noise.evidence(
+        memory.likelihood_margin, memory.reward_margin, memory.margin_error, run.loss.beta, nats
+    )
+    if held.ignorant:
+        evidence_NE = np.where(seen_N[:, None], evidence_NE[:, 1:], np.nan)
+    flips = noise.detect(evidence_NE, held if own else noise.Held(ignorance=held.ignorance))
+    if not own:
+        flips = flips._replace(held=noise.Held(ignorance=held.ignorance))
     return flips._replace(posterior_N=np.where(seen_N, flips.posterior_N, np.nan))
 
 
@@ -62,6 +60,25 @@ def left_out(
     if flips is not None and (guard == "suspects" or (guard == "auto" and flips.many)):
         return flips.suspected_N[pool_P]
     return np.zeros(len(pool_P), bool)
+
+
+def soft_exponent(run: config.Run, flips: noise.Flips | None) -> float:
+    """The exponent of the weights in the steps of a round: `selection.soft`, where it is -1 by what
+    is known of the labels.
+
+    Weights by score put what looks most wrong first, which is right of labels that can be trusted
+    and the worst of flipped ones. So they wait until something is known, and stop where more than
+    few labels look flipped, be that well supported or not, or where the policy cannot judge them.
+
+    >>> soft_exponent(config.Run(), None)
+    0.0
+    """
+    if run.selection.soft != -1:
+        return run.selection.soft
+    if flips is None or not np.isfinite(flips.log_odds_N).any():
+        return 0.0  # nothing is known
+    unsure = flips.many or flips.held.ignorant or flips.share >= noise.LEAST_SHARE
+    return 0.0 if unsure else config.SOFT
 
 
 def path(workdir: pathlib.Path) -> pathlib.Path:

@@ -90,7 +90,7 @@ def test_suspects_are_trained_neither_by_rank_nor_by_chance(job, name):
     assert len(trained) and not suspected[trained].any()
     left_out = set(round_.pool_P[drawn.selection.reason_P == "noise"])
     assert left_out == set(round_.pool_P[suspected[round_.pool_P]])
-    row = rounds.metrics(round_, drawn)
+    row = rounds.metrics(round_, drawn, run)
     assert row["selection/suspected"] == suspected.sum()
     assert row["selection/left_out_as_noise"] == len(left_out)
     assert row["selection/flip_share"] == pytest.approx(0.2, abs=0.06)
@@ -103,6 +103,33 @@ def test_auto_acts_on_many_flips_and_leaves_none_out_without(job):
         assert run.selection.guard == "auto"  # the default of a selection
         _, drawn = chosen_from(memory, run, job)
         assert drawn.flips.many == acts == (drawn.selection.reason_P == "noise").any()
+
+
+def test_steps_weigh_by_score_where_the_labels_look_right_and_in_no_other_round(job):
+    run = small_run()
+    assert (
+        run.selection.soft == -1
+        and config.settle_data(run, job["pairs"].columns).selection.soft == -1
+    )  # the policy's own pairs: each round decides
+
+    def exponent(memory, **changes):
+        round_, drawn = chosen_from(memory, small_run(**changes), job)
+        row = rounds.metrics(round_, drawn, small_run(**changes))
+        assert row.get("selection/soft", 0.0) == float(round_.soft)
+        return float(round_.soft)
+
+    right, _ = known_memory(384, share=0.0)
+    flipped, _ = known_memory(384, share=0.2)
+    assert (exponent(right), exponent(flipped)) == (config.SOFT, 0.0)
+    assert exponent(right._replace(trained=np.zeros(384, np.int32))) == 0.0  # nothing is known yet
+    few = np.arange(384) < noise.LEAST_PAIRS - 1
+    unknown = np.where(few, right.margin_error, np.nan).astype(np.float32)
+    assert exponent(right._replace(margin_error=unknown)) == 0.0  # and too little
+    assert exponent(flipped, **{"selection.soft": 1.5}) == 1.5  # told so
+    columns = {k: v for k, v in job["pairs"].columns.items() if k != "pass_rate"}
+    assert config.settle_data(run, columns).selection.soft == 0.0
+    for name, value in (("selection.name", "hard_first"), ("train.accumulate", 2)):
+        assert small_run(**{name: value}).selection.soft == 0.0
 
 
 def test_quantile_leaves_out_the_lowest_quarter_once_training_began(job):
@@ -199,9 +226,14 @@ def test_plain_dpo_has_no_guard_unless_it_is_asked_for():
 def test_a_guarded_run_goes_on_bit_for_bit(job, tmp_path, monkeypatch, name):
     monkeypatch.setattr(noise, "LIKELY", 0.2)  # ten steps say little: accuse early,
     monkeypatch.setattr(  # and hold something else after each look
-        noise.Held, "with_estimate", lambda held, *_: noise.Held(held.weight + 1, held.share + 0.03)
+        noise.Held,
+        "with_estimate",
+        lambda held, *_: held._replace(weight=held.weight + 1, share=held.share + 0.03),
     )
     monkeypatch.setattr(noise, "LEAST_HELD", 1.0)
+    monkeypatch.setattr(  # weights in the steps that differ from round to round
+        suspicion, "soft_exponent", lambda run, flips: flips.held.share if flips else 0.0
+    )
     run = small_run(**{"selection.name": name, "selection.guard": "suspects"})
     whole, ended = train(job, tmp_path / "whole", run)
     train(job, tmp_path / "parts", run, until=6)
@@ -214,6 +246,8 @@ def test_a_guarded_run_goes_on_bit_for_bit(job, tmp_path, monkeypatch, name):
     if name == "sage":  # plain DPO sees no pair twice in so few steps, so nobody to leave out
         assert sum(row.get("selection/left_out_as_noise", 0.0) for row in ended.rows) > 0
         assert whole.round.held.weight >= 3  # looks, of which at most two are after step 6
+        soft = [row["selection/soft"] for row in ended.rows if "selection/soft" in row]
+        assert len(set(soft)) == len(soft) > 2
     files = sorted(p.name for p in (tmp_path / "whole/selection").iterdir())
     assert "suspects.jsonl" in files
     for file in files:

@@ -41,7 +41,7 @@ PROMPT_SHARE = 0.4
 ROWS = {
     "padded": ("data.packing=false", "data.share_prompts=off", "train.accumulate=4"),
     "packed": ("data.share_prompts=off",),
-    "shared": ("data.share_prompts=on",),
+    "shared": ("data.share_prompts=pair",),
 }
 SLICES = (("v5e:16x16", 256, 256), ("v5e:16x16", 256, 16), ("v5p:4x4x4", 64, 64))
 

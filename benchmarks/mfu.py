@@ -165,7 +165,7 @@ def attention_part(args: argparse.Namespace, model: Any, names: list[str], repor
             cast = [x.astype(dtype_ or dtype) for x in arrays]
             out, pull = jax.vjp(
                 lambda *a: attention.attend(
-                    *a, seen, scale=spec.head_dim**-0.5, kernel=attention.Kernel(name)
+                    *a, seen, scale=spec.head_dim**-0.5, place=attention.Placement(name)
                 ),
                 *cast,
             )
@@ -189,7 +189,7 @@ def attention_part(args: argparse.Namespace, model: Any, names: list[str], repor
         seen = visible(length)
         forward = jax.jit(
             lambda *a: attention.attend(
-                *a, seen, scale=spec.head_dim**-0.5, kernel=attention.Kernel(name)
+                *a, seen, scale=spec.head_dim**-0.5, place=attention.Placement(name)
             )
         )
         return {
@@ -275,7 +275,7 @@ def main() -> None:
         report.add("attention used", best)
     if "steps" not in parts:
         return
-    model = dataclasses.replace(model, kernel=attention.Kernel(best))
+    model = dataclasses.replace(model, place=attention.Placement(best))
     params = jax.jit(model.init)(jax.random.key(0))
     parameters = sum(x.size for x in jax.tree.leaves(params))
     report.add("parameters", parameters)

@@ -103,7 +103,7 @@ def model_of(name: str, *, dtype: str, kernel: str = "auto", remat: str = "dots"
         models.Model(catalog.SPECS[name]),
         dtype=dtype,
         remat=remat,
-        kernel=attention.Kernel(kernel),
+        place=attention.Placement(kernel),
     )
 
 

@@ -36,7 +36,7 @@ import scipy.stats
 from sage_jax import __main__ as launcher
 from sage_jax import config, curriculum, models, rules, scores
 from sage_jax.data import encode, pack, records, steps
-from sage_jax.runtime import counters, forward, loop, programs, setup, state
+from sage_jax.runtime import counters, forward, loop, programs, setup, sharing, state
 from sage_jax.runtime import mesh as meshes
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -62,9 +62,10 @@ class Job(NamedTuple):
 
 def make_job(run: config.Run, policy: setup.Policy, pairs: encode.EncodedPairs) -> Job:
     run, mesh = config.settle_data(run, pairs.columns), meshes.make_mesh()
-    share = setup.shares_prompts(run, policy.model, pairs)
+    share = sharing.shares_prompts(run, policy.model, pairs)
     shape = setup.row_shape(run, pairs.row_lengths(share), mesh, share=share)
-    passes = forward.Passes(policy, mesh, shape)
+    shapes = sharing.problem_shapes(run, policy.model, pairs, shape)
+    passes = forward.Passes(policy, mesh, *shapes)
     return Job(
         run, policy, passes, pairs, passes.stats(policy.params, pairs, np.arange(len(pairs)))
     )
@@ -149,7 +150,7 @@ def train_call(job: Job, count: int) -> tuple[Callable[[], Any], float]:
     train = programs.train_step(run, job.policy, mesh, tx, loss, setup.make_score_fn(run, loss))
     length_N = job.pairs.row_lengths(shape.share)
     plan = steps.place(length_N, np.arange(run.train.batch_pairs)[None], shape)
-    length = shape.length_of(plan[0], length_N)
+    length = int(steps.lengths(job.pairs, plan, shape)[0])
     rows = pack.collate(job.pairs, plan[0], length, job.start.logps, share=shape.share)
     rows = meshes.put(rows, mesh)
     held = [

@@ -68,7 +68,7 @@ def passes(job: scoring_cost.Job, params: Any, index_P: np.ndarray) -> dict[str,
     for name, how in BASES.items():
         held = jax.jit(quantised.hold, static_argnums=1)(params, how)
         policy = dataclasses.replace(job.policy, params=held)
-        own = forward.Passes(policy, job.passes.mesh, job.passes.shape)
+        own = forward.Passes(policy, job.passes.mesh, job.passes.shape, job.passes.whole)
         calls[name] = lambda own=own, held=held: own.stats(held, job.pairs, index_P, light=True)
     return calls
 

@@ -26,16 +26,27 @@ CHOSEN, REJECTED = 0, 1
 
 
 class Shared(NamedTuple):
-    """Of rows in which both completions of a pair share one prompt; int32 [R, T], index in the row.
+    """Of rows in which completions share one prompt; int32.
 
     A pair lies there as [chosen reversed | prompt | rejected]. So what a token sees is one range: a
     chosen token sees from itself to the prompt's end, the others from the prompt's start to
-    themselves. The prompt carries the segment of the chosen side.
+    themselves. The prompt carries the segment of the first completion.
+
+    Several pairs of one problem lie as [c0 reversed | prompt | c1 | c2 reversed | c3 | ...], each
+    completion c once, however many of these pairs it is in. To keep what a token sees one range,
+    the keys of the prompt are copied between further completions: [c0 reversed | prompt | c1] [c2
+    reversed | copy | c3] ... So nothing but keys and values is there twice, and a kernel that takes
+    ranges of keys takes these.
     """
 
-    first_RT: Array  # the first token that a token sees
-    last_RT: Array  # the last one
-    source_RT: Array  # the token whose hidden state predicts it; 0 where it does not count
+    first_RT: Array  # [R, T], index of the first key that a token sees
+    last_RT: Array  # [R, T], of the last one
+    source_RT: Array  # [R, T], the token whose hidden state predicts it; 0 where it does not count
+    # [R, X], the token whose key it is; None: the keys of a row are those of its tokens, in order.
+    key_RX: Array | None = None
+    # [R, S, 2], the slot and side under which the completion of a pair lies in the row, as
+    # 2 * slot + side; None: each under its own.
+    sequence_RS2: Array | None = None
 
 
 class PackedBatch(NamedTuple):

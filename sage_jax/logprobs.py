@@ -298,6 +298,24 @@ def sequence_stats(tokens: TokenStats, segment_RT: Array, mask_RT: Array, slots:
     )
 
 
+def of_pairs(values_RS2: Array, batch: batches.PackedBatch) -> Array:
+    """What belongs to the completions of each pair, of what belongs to the sequences of the rows.
+
+    The two differ where several pairs have a completion in common, see `batch.Shared`.
+
+    >>> rows = batches.empty(1, 2, 2)
+    >>> of = jnp.array([[[0, 1], [0, 3]]])  # both pairs have one chosen completion
+    >>> shared = batches.Shared(*[rows.tokens_RT] * 3, sequence_RS2=of)
+    >>> of_pairs(jnp.array([[[1.0, 2.0], [0.0, 3.0]]]), rows._replace(shared=shared)).tolist()
+    [[[1.0, 2.0], [1.0, 3.0]]]
+    """
+    if batch.shared is None or batch.shared.sequence_RS2 is None:
+        return values_RS2
+    index = jnp.asarray(batch.shared.sequence_RS2).reshape(len(values_RS2), -1)
+    flat = values_RS2.reshape(index.shape)
+    return jnp.take_along_axis(flat, index, axis=1).reshape(values_RS2.shape)
+
+
 def make_logps_fn(
     hidden_fn: Callable[[Any, Any, batches.PackedBatch], Array],
     head_fn: Callable[[Any, Any], Array],
@@ -361,6 +379,7 @@ def make_logps_fn(
             hidden_RTD, *targets(batch), head_fn(params, frozen)
         )
         stats = sequence_stats(tokens, segment_RT, mask_RT, batch.pair_RS.shape[1])
+        stats = SequenceStats(*(of_pairs(x, batch) for x in stats))
         return (stats, extra) if penalty else stats
 
     return logps_fn

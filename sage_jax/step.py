@@ -113,7 +113,8 @@ def _pair_weight(batch: batches.PackedBatch, tokens_RS: Array | None) -> Array:
 
 def _chosen_tokens(batch: batches.PackedBatch) -> Array:
     _, segment_RT, mask_RT = logprobs.targets(batch)
-    return logprobs.segment_sums(mask_RT, segment_RT, batch.pair_RS.shape[1])[..., batches.CHOSEN]
+    tokens_RS2 = logprobs.segment_sums(mask_RT, segment_RT, batch.pair_RS.shape[1])
+    return logprobs.of_pairs(tokens_RS2, batch)[..., batches.CHOSEN]
 
 
 def pair_losses(

@@ -113,7 +113,7 @@ def test_a_bfloat16_model_learns_like_a_float32_one(remat):
 
 def test_what_is_kept_for_the_backward_pass_are_the_16_bits():
     spec = spec_lib.ModelSpec(vocab=64, d_model=32, d_ff=96, layers=1, heads=4)
-    block = layers.MLP(spec, jnp.bfloat16, attention.Kernel("dense"))
+    block = layers.MLP(spec, jnp.bfloat16, attention.Placement("dense"))
     x = jnp.zeros((1, 16, 32), jnp.bfloat16)
     params = block.init(jax.random.key(0), x)
 

@@ -29,7 +29,7 @@ _CHOICES = {
     "model.attention": ("auto", "dense", "blocks", "triton", "tokamax", "splash"),
     "export.dtype": ("float32", "bfloat16", "float16"),
     "data.on_bad_row": ("error", "skip"),
-    "data.share_prompts": ("auto", "on", "off"),
+    "data.share_prompts": ("auto", "problem", "pair", "off"),
     "loss.name": tuple(losses.LOSSES),
     "selection.scoring_dtype": ("", "bfloat16", "int8"),
     "selection.margin": ("likelihood", "reward"),

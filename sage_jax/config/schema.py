@@ -52,7 +52,8 @@ class Data:
     packing: bool = True  # several pairs in a row; false = one pair a row
     limit: int = 0  # use the first rows only; 0 = all
     cache: str = ""  # directory of encoded data sets; "" = $SAGE_JAX_CACHE or ~/.cache/sage_jax
-    # Computes the prompt of a pair once for both answers: on, off or auto (where it saves tokens).
+    # Computes a prompt once for both answers of a pair ("pair"), and for all pairs of it in a row,
+    # each of their answers once ("problem"); "off", or "auto": where it saves tokens.
     share_prompts: str = "auto"
 
 

@@ -84,6 +84,36 @@ class EncodedPairs:
         np.minimum.at(common_N, pair[differ], at[differ])
         return common_N
 
+    @functools.cached_property
+    def problem_N(self) -> np.ndarray:
+        """int64 [N], the same number for pairs whose prompts are the same tokens.
+
+        A pair whose two sides have different prompts has a number of its own.
+        """
+        number_of: dict[bytes, int] = {}
+        problem_N = np.arange(len(self))
+        whole_N = (self.start_N2 == self.common_N[:, None]).all(axis=1)
+        for i in np.flatnonzero(whole_N).tolist():
+            begin = self.offset[2 * i]
+            prompt = self.tokens[begin : begin + self.common_N[i]].tobytes()
+            problem_N[i] = number_of.setdefault(prompt, i)
+        return problem_N
+
+    @functools.cached_property
+    def answer_N2(self) -> np.ndarray:
+        """int64 [N, 2], the same number for the same completions of one problem.
+
+        A problem with a single pair has two answers, even if they are equal.
+        """
+        number_of: dict[tuple[int, bytes], int] = {}
+        answer_N2 = np.arange(2 * len(self)).reshape(-1, 2)
+        several_N = np.bincount(self.problem_N, minlength=len(self))[self.problem_N] > 1
+        for i in np.flatnonzero(several_N).tolist():
+            for side in (0, 1):
+                known = (int(self.problem_N[i]), self.sequence(i, side)[0].tobytes())
+                answer_N2[i, side] = number_of.setdefault(known, 2 * i + side)
+        return answer_N2
+
     def row_lengths(self, shared: bool) -> np.ndarray:
         """int64 [N], tokens of each pair in a row, with its prompt once if `shared`."""
         both_N = self.lengths_N2.sum(axis=1)

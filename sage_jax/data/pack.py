@@ -7,14 +7,13 @@ that holds them is taken.
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from sage_jax import batch
-from sage_jax.data import encode
+from sage_jax.data import bins, encode, layout
 
 SIMULATED_BATCHES = 200
 
@@ -78,16 +77,16 @@ def shape(
         )
     longest = int(length_N.max())
     if not packing:
-        return RowShape(_round_up(longest, multiple), _round_up(batch_pairs, rows_multiple), 1)
+        return RowShape(round_up(longest, multiple), round_up(batch_pairs, rows_multiple), 1)
     drawn = _draw(length_N, batch_pairs)
     tried = []
     for factor in factors:
         if factor == LONG:
             tried.append(_even(drawn, longest, rows_multiple, sizes, float(length_N.mean())))
             continue
-        row_length = _round_up(factor * longest, multiple)
+        row_length = round_up(factor * longest, multiple)
         rows, slots = _rows_needed(drawn, row_length, 1 - overflow)
-        tried.append(RowShape(row_length, _round_up(rows, rows_multiple), slots))
+        tried.append(RowShape(row_length, round_up(rows, rows_multiple), slots))
     return min(tried, key=lambda found: (found.row_length * found.rows, found.row_length))
 
 
@@ -115,9 +114,9 @@ def even(
     found = _even(drawn, longest, rows, sizes - (rows > 1), float(length_N.mean()))
     # Longest first on the emptiest row: none gets more than the mean and one pair (Graham, 1969).
     surest = -(-capacity(length_N, batch_pairs) // rows) + (longest if rows > 1 else 0)
-    levels = [*(found.sizes or (found.row_length,)), _round_up(surest, _grain(surest))]
-    levels = sorted({_round_up(length, unit) for length in levels})
-    usual = _round_up(found.row_length, unit)
+    levels = [*(found.sizes or (found.row_length,)), round_up(surest, grain(surest))]
+    levels = sorted({round_up(length, unit) for length in levels})
+    usual = round_up(found.row_length, unit)
     return RowShape(usual, rows, max(found.slots, batch_pairs), tuple(levels))
 
 
@@ -139,17 +138,17 @@ def _even(
     """As few rows as there may be, and the row lengths that waste least on these batches."""
     loads, slots = [], 1
     for lengths in drawn:
-        placed = _balanced(lengths.tolist(), 2**62, rows, len(lengths))
+        placed = bins.balanced(lengths.tolist(), 2**62, rows, len(lengths))
         load = np.zeros(rows, np.int64)
         np.add.at(load, [row for row, _ in placed], lengths)
-        loads.append(_round_up(int(load.max()), _grain(int(load.max()))))
+        loads.append(round_up(int(load.max()), grain(int(load.max()))))
         slots = max(slots, max(slot for _, slot in placed) + 1)
-    chosen = _levels(np.maximum(loads, _round_up(longest, _grain(longest))), sizes)
+    chosen = _levels(np.maximum(loads, round_up(longest, grain(longest))), sizes)
     slots = max(slots, -(-int(1.5 * chosen[-1]) // max(int(mean), 1)))
     return RowShape(chosen[-1], rows, slots, chosen if len(chosen) > 1 else ())
 
 
-def _grain(length: int) -> int:
+def grain(length: int) -> int:
     """What a row length is a multiple of: kernels work in blocks."""
     return 8 if length <= 256 else 64 if length <= 1024 else 128
 
@@ -182,13 +181,18 @@ def _rows_needed(drawn: Sequence[np.ndarray], row_length: int, quantile: float) 
     rows, slots = [], 1
     for lengths in drawn:
         longest_first = np.sort(lengths)[::-1].tolist()
-        placed = _first_fit(longest_first, row_length, len(lengths), len(lengths))
+        placed = bins.first_fit(longest_first, row_length, len(lengths), len(lengths))
         rows.append(max(row for row, _ in placed) + 1)
         slots = max(slots, max(slot for _, slot in placed) + 1)
     return int(np.quantile(rows, quantile, method="higher")), slots
 
 
-def _round_up(value: int, multiple: int) -> int:
+def round_up(value: int, multiple: int) -> int:
+    """The next multiple of a number.
+
+    >>> round_up(9, 8)
+    16
+    """
     return -(-value // multiple) * multiple
 
 
@@ -243,127 +247,18 @@ def plan(
             "fit into one row. Raise row_length or lower max_length."
         )
     if batch_pairs is None:
-        placed = _evenly(length_P.tolist(), row_length, rows, slots)
+        placed = bins.evenly(length_P.tolist(), row_length, rows, slots)
     else:
         if not 1 <= batch_pairs <= rows * slots:
             raise ValueError(
                 f"batch_pairs={batch_pairs} must be between 1 and rows * slots = {rows * slots}."
             )
-        placed = _batches(length_P.tolist(), row_length, rows, slots, batch_pairs)
+        placed = bins.batches(length_P.tolist(), row_length, rows, slots, batch_pairs)
     steps = max((k for k, _, _ in placed), default=-1) + 1
     pair_KRS = np.full((steps, rows, slots), -1, np.int32)
     if placed:  # placed[p] is the place of the p-th pair; pairs after the last are left over
         pair_KRS[tuple(np.array(placed).T)] = pair_P[: len(placed)]
     return pair_KRS
-
-
-def _batches(
-    length_P: list[int], row_length: int, rows: int, slots: int, batch_pairs: int
-) -> list[tuple[int, int, int]]:
-    """Places (batch, row, slot) of consecutive pairs, batch after batch."""
-    placed: list[tuple[int, int, int]] = []
-    k = 0
-    while len(length_P) - len(placed) >= batch_pairs:
-        lengths = length_P[len(placed) : len(placed) + batch_pairs]
-        even = _balanced(lengths, row_length, rows, slots)
-        if even:
-            placed += [(k, *spot) for spot in even]
-            k += 1
-            continue
-        longest_first = sorted(range(batch_pairs), key=lambda i: -lengths[i])
-        found = _first_fit([lengths[i] for i in longest_first], row_length, rows, slots)
-        if len(found) == batch_pairs:
-            spots = dict(zip(longest_first, found, strict=True))
-            placed += [(k, *spots[i]) for i in range(batch_pairs)]
-        else:  # the pairs that come first must not wait for those that come later
-            placed += [(k, *spot) for spot in _first_fit(lengths, row_length, rows, slots)]
-        k += 1
-    return placed
-
-
-def _balanced(
-    lengths: Sequence[int], row_length: int, rows: int, slots: int
-) -> list[tuple[int, int]]:
-    """Row and slot of each length, the longest first on the emptiest row; [] if they do not fit."""
-    heap = [(0, row) for row in range(rows)]
-    used = [0] * rows
-    placed = [(0, 0)] * len(lengths)
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not heap or heap[0][0] + lengths[i] > row_length:
-            return []
-        load, row = heap[0]
-        placed[i] = (row, used[row])
-        used[row] += 1
-        if used[row] < slots:
-            heapq.heapreplace(heap, (load + lengths[i], row))
-        else:
-            heapq.heappop(heap)
-    return placed
-
-
-def _evenly(
-    length_P: list[int], row_length: int, rows: int, slots: int
-) -> list[tuple[int, int, int]]:
-    """Places of all pairs in as few batches as hold them, spread evenly over these."""
-    if not length_P:
-        return []
-    least = max(-(-sum(length_P) // (rows * row_length)), -(-len(length_P) // (rows * slots)))
-    full = _fill(length_P, row_length, rows, slots)
-    for count in range(least, max(k for k, _, _ in full) + 1):
-        even = _balanced(length_P, row_length, count * rows, slots)
-        if even:
-            return [(row // rows, row % rows, slot) for row, slot in even]
-    even = _balanced(length_P, row_length, (max(k for k, _, _ in full) + 1) * rows, slots)
-    return [(row // rows, row % rows, slot) for row, slot in even] if even else full
-
-
-def _first_fit(
-    lengths: Sequence[int], row_length: int, rows: int, slots: int
-) -> list[tuple[int, int]]:
-    """Row and slot for each length in turn, up to the first that fits nowhere."""
-    free, used = [row_length] * rows, [0] * rows
-    placed = []
-    for length in lengths:
-        for row in range(rows):
-            if free[row] >= length and used[row] < slots:
-                placed.append((row, used[row]))
-                free[row] -= length
-                used[row] += 1
-                break
-        else:
-            return placed
-    return placed
-
-
-def _fill(
-    length_P: list[int], row_length: int, rows: int, slots: int
-) -> list[tuple[int, int, int]]:
-    """Places (batch, row, slot) of all pairs in as few rows as they go, longest pair first.
-
-    Rows with n free tokens form a stack; a bit mask says which stacks are not empty, so the
-    fullest row that still fits is found without a search over the rows.
-    """
-    stacks: list[list[int]] = [[] for _ in range(row_length + 1)]
-    used: list[int] = []
-    mask = 0
-    spots: list[tuple[int, int]] = [(0, 0)] * len(length_P)
-    for p in sorted(range(len(length_P)), key=lambda p: -length_P[p]):
-        length = length_P[p]
-        fitting = mask >> length
-        if fitting:
-            free = length + (fitting & -fitting).bit_length() - 1
-            row = stacks[free].pop()
-            mask ^= 0 if stacks[free] else 1 << free
-        else:
-            row, free = len(used), row_length
-            used.append(0)
-        spots[p] = (row, used[row])
-        used[row] += 1
-        free -= length
-        if used[row] < slots:
-            stacks[free].append(row)
-            mask |= 1 << free
-    return [(row // rows, row % rows, slot) for row, slot in spots]
 
 
 def row_length(pair_RS: np.ndarray, lengths_N2: np.ndarray, shape: RowShape) -> int:
@@ -390,6 +285,7 @@ def collate(
     ref_logps_N2: np.ndarray | None = None,
     weight_N: np.ndarray | None = None,
     share: bool = False,
+    keys: int = 0,
 ) -> batch.PackedBatch:
     """Builds the batch of one step of a plan.
 
@@ -401,86 +297,27 @@ def collate(
       weight_N: float [N], weights of the pairs in the loss; 1 if None.
       share: both completions of a pair share one prompt, see `batch.Shared`; the plan has to be
         made with the lengths `encoded.row_lengths(True)`.
+      keys: where prompts are shared: pairs of one problem that follow each other in a row share it,
+        too, see `groups.plan`, and a row has room for so many keys; 0 = they do not.
 
     Returns:
       A batch of numpy arrays.
     """
     rows, slots = pair_RS.shape
     out = batch.empty(rows, row_length, slots)
-    tokens_RT, position_RT, segment_RT, completion_RT = (np.asarray(leaf) for leaf in out[:4])
-    if share:
-        out = out._replace(shared=_shared(encoded, pair_RS, out))
-    for r in range(rows if not share else 0):
-        at = 0
-        for s in np.flatnonzero(pair_RS[r] >= 0).tolist():
-            for side in (batch.CHOSEN, batch.REJECTED):
-                ids, start = encoded.sequence(int(pair_RS[r, s]), side)
-                end = at + len(ids)
-                _check_room(r, end, row_length)
-                tokens_RT[r, at:end] = ids
-                position_RT[r, at:end] = np.arange(len(ids))
-                segment_RT[r, at:end] = batch.segment_id(s, side)
-                completion_RT[r, at + start : end] = True
-                at = end
+    told = layout.shared(encoded, pair_RS, out, keys) if share else None
+    if not share:
+        layout.apart(encoded, pair_RS, out)
     filled = pair_RS >= 0
     index = np.where(filled, pair_RS, 0)
     weight = np.ones(len(encoded)) if weight_N is None else np.asarray(weight_N)
     ref = np.zeros((len(encoded), 2)) if ref_logps_N2 is None else np.asarray(ref_logps_N2)
-    return batch.PackedBatch(
-        tokens_RT=tokens_RT,
-        position_RT=position_RT,
-        segment_RT=segment_RT,
-        completion_RT=completion_RT,
+    return out._replace(
         pair_RS=pair_RS.astype(np.int32),
         ref_logps_RS2=np.where(filled[..., None], ref[index], 0).astype(np.float32),
         weight_RS=np.where(filled, weight[index], 0).astype(np.float32),
-        shared=out.shared,
+        shared=told,
     )
-
-
-def _check_room(row: int, end: int, row_length: int) -> None:
-    if end > row_length:
-        raise ValueError(
-            f"row {row} of the plan needs {end} tokens or more, row_length={row_length}; plan and "
-            "collate must be given the same row_length, and lengths with or without shared prompts."
-        )
-
-
-def _shared(
-    encoded: encode.EncodedPairs, pair_RS: np.ndarray, out: batch.PackedBatch
-) -> batch.Shared:
-    """Fills the tokens of rows that hold pairs as [chosen reversed | prompt | rejected]."""
-    tokens_RT, position_RT, segment_RT, completion_RT = (np.asarray(leaf) for leaf in out[:4])
-    row_length = tokens_RT.shape[1]
-    itself = np.tile(np.arange(row_length, dtype=np.int32), (len(pair_RS), 1))
-    first_RT, last_RT, source_RT = itself.copy(), itself.copy(), np.zeros_like(itself)
-    for r, s in np.argwhere(pair_RS >= 0).tolist():
-        i = int(pair_RS[r, s])
-        (chosen, start), (rejected, other) = (encoded.sequence(i, side) for side in (0, 1))
-        common = int(encoded.common_N[i])
-        begin = int(np.count_nonzero(segment_RT[r]))  # pairs lie side by side from the left
-        prompt = begin + len(chosen) - common
-        middle = prompt + common
-        end = middle + len(rejected) - common
-        _check_room(r, end, row_length)
-        left, right = slice(begin, prompt), slice(middle, end)
-        whole = slice(prompt, end)  # prompt and rejected answer, which lie in order
-        tokens_RT[r, left] = chosen[common:][::-1]
-        tokens_RT[r, prompt:middle] = chosen[:common]
-        tokens_RT[r, right] = rejected[common:]
-        position_RT[r, left] = np.arange(common, len(chosen))[::-1]
-        position_RT[r, whole] = np.arange(end - prompt)
-        segment_RT[r, begin:middle] = batch.segment_id(s, batch.CHOSEN)
-        segment_RT[r, right] = batch.segment_id(s, batch.REJECTED)
-        completion_RT[r, left] = position_RT[r, left] >= start
-        completion_RT[r, right] = position_RT[r, right] >= other
-        last_RT[r, left] = middle - 1
-        first_RT[r, whole] = prompt
-        # The token before a chosen one lies behind it; before the first lies the prompt's end.
-        before = np.where(position_RT[r, left] == common, middle - 1, itself[r, left] + 1)
-        source_RT[r, left] = np.where(completion_RT[r, left], before, 0)
-        source_RT[r, right] = np.where(completion_RT[r, right], itself[r, right] - 1, 0)
-    return batch.Shared(first_RT, last_RT, source_RT)
 
 
 def padding_fraction(pair_KRS: np.ndarray, lengths_N2: np.ndarray, shape: RowShape | int) -> float:

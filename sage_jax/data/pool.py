@@ -43,24 +43,25 @@ class PlannedBatches:
                 f"rows_L={list(rows_L)} of a plan with {rows} rows; each must lie in [0, {rows})."
             )
         self._local_KRS = pair_KRS if rows_L is None else pair_KRS[:, rows_L]
-        self._encoded, self._share = encoded, shape is not None and shape.share
+        self._encoded, self._shape = encoded, shape
         self._length_K = np.full(len(pair_KRS), row_length)
         if shape is not None:
-            length_N = encoded.row_lengths(shape.share)
-            self._length_K[:] = [shape.length_of(pair_RS, length_N) for pair_RS in pair_KRS]
+            self._length_K[:] = steps.lengths(encoded, pair_KRS, shape)
         self._ref_logps_N2, self._weight_N = ref_logps_N2, weight_N
 
     def __len__(self) -> int:
         return len(self._local_KRS)
 
     def __getitem__(self, k: int) -> batch.PackedBatch:
+        length, shape = int(self._length_K[k]), self._shape
         return pack.collate(
             self._encoded,
             self._local_KRS[k],
-            int(self._length_K[k]),
+            length,
             ref_logps_N2=self._ref_logps_N2,
             weight_N=self._weight_N,
-            share=self._share,
+            share=shape is not None and shape.share,
+            keys=0 if shape is None else shape.keys_of(length),
         )
 
     def __repr__(self) -> str:

@@ -13,10 +13,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sage_jax.data import pack
+from sage_jax.data import encode, groups, pack
 
 FACTORS = (1, 2, 3)  # row lengths to choose from, in longest pairs, where short rows are cheaper
 SIZES = 4  # row lengths in use, each of them a program to compile
+MOST_KEYS = 4.0  # for each token of a row: problems of long prompts and short answers need many
+DRAWS = 20  # batches that say what there is to save in a step
+LOOKED_AT = 2**15  # pairs that say what there is to save in a pass
 
 
 class Shape(NamedTuple):
@@ -28,10 +31,13 @@ class Shape(NamedTuple):
     every: tuple[pack.RowShape, ...]  # the same on every mesh: what a step has to fit into
     sizes: tuple[int, ...] = ()  # row lengths in use, ascending; () = row_length alone
     share: bool = False  # both completions of a pair share one prompt
+    # Pairs of one problem share their prompt and completions, too, in rows with room for so many
+    # keys a token; 0: they do not.
+    keys: float = 0.0
 
-    def length_of(self, pair_RS: np.ndarray, length_N: np.ndarray) -> int:
-        """Tokens in a row of the batch that holds these pairs."""
-        return pack.row_length(pair_RS, length_N, self.packed)
+    def keys_of(self, length: int) -> int:
+        """Keys of a row of so many tokens; 0 where they are those of its tokens."""
+        return -(-int(np.ceil(length * self.keys)) // 8) * 8
 
     @property
     def packed(self) -> pack.RowShape:
@@ -91,6 +97,91 @@ def shape(
     return Shape(best.row_length, best.rows, best.slots, every, best.sizes, share)
 
 
+def tokens(pairs: encode.EncodedPairs, pair_KRS: np.ndarray, shape: Shape) -> np.ndarray:
+    """Tokens of each row of a plan, int64 [K, R], without padding; arguments as in `lengths`."""
+    if shape.keys:
+        return groups.work(pairs, pair_KRS, grouped=True).tokens.astype(np.int64)
+    return np.where(pair_KRS >= 0, pairs.row_lengths(shape.share)[pair_KRS], 0).sum(axis=2)
+
+
+def lengths(pairs: encode.EncodedPairs, pair_KRS: np.ndarray, shape: Shape) -> np.ndarray:
+    """Length of the rows of each batch of a plan, int64 [K].
+
+    Args:
+      pairs: the data set.
+      pair_KRS: int [K, R, S], indices of pairs, -1 for an empty slot; all rows of the batches, so
+        that every process comes to the same lengths.
+      shape: of the rows.
+    """
+    most_K = tokens(pairs, pair_KRS, shape).max(axis=1)
+    sizes = sorted({*shape.sizes, shape.packed.row_length})
+    return np.array(sizes)[np.minimum(np.searchsorted(sizes, most_K), len(sizes) - 1)]
+
+
+def of_problems(
+    pairs: encode.EncodedPairs, shape: Shape, batch_pairs: int, *, least: float = 0.0
+) -> tuple[Shape, Shape]:
+    """Shapes of rows that hold pairs of one problem together, where that saves tokens.
+
+    Args:
+      pairs: the data set.
+      shape: of the steps of a mesh, from lengths with shared prompts.
+      batch_pairs: pairs in a step.
+      least: share of the tokens that has to be saved, in [0, 1).
+
+    Returns:
+      The shape for steps, in which few problems meet unless they are few; and the one for passes
+      over many pairs. Either is `shape` itself where less would be saved: of the rows of passes
+      over these pairs, or of the row length that random steps need.
+    """
+    some = np.arange(min(len(pairs), LOOKED_AT))
+    problems = len(np.unique(pairs.problem_N[some]))
+    if shape.slots < 2 or problems == len(some) or problems > (1 - least) * len(some):
+        return shape, shape
+    free = groups.items(pairs, some, row_length=shape.row_length, slots=2**30, keys=MOST_KEYS)
+    keys = (
+        float(np.ceil(64 * max(item.keys / item.tokens for item in free))) / 64
+    )  # exact in binary
+    dense = max(len(item.pairs) / item.tokens for item in free)
+    slots = min(max(shape.slots, int(np.ceil(shape.row_length * dense))), 4 * shape.slots)
+    passes = shape._replace(keys=keys, slots=slots)
+    room = [int(lengths(pairs, plan_pass(pairs, some, one), one).sum()) for one in (shape, passes)]
+    if room[1] >= room[0] or room[1] > (1 - least) * room[0]:
+        passes = shape
+    grouped = shape._replace(keys=keys)
+    long, short = (
+        int(tokens(pairs, drawn(pairs, one, batch_pairs), one).max()) for one in (shape, grouped)
+    )
+    short = pack.round_up(short, pack.grain(short))
+    most = min(long, shape.row_length)
+    if short >= most or short > (1 - least) * most:
+        return shape, passes
+    return grouped._replace(sizes=tuple(sorted({*grouped.sizes, shape.row_length, short}))), passes
+
+
+def drawn(pairs: encode.EncodedPairs, shape: Shape, batch_pairs: int) -> np.ndarray:
+    """The rows of some steps of random pairs, int32 [K, R, S], always the same ones."""
+    rng, size = np.random.default_rng(0), min(batch_pairs, len(pairs))
+    pair_KB = np.stack([rng.choice(len(pairs), size, replace=False) for _ in range(DRAWS)])
+    length_N = pairs.row_lengths(shape.share)
+    return place(length_N, pair_KB, shape, pairs if shape.keys else None)
+
+
+def plan_pass(pairs: encode.EncodedPairs, index_P: np.ndarray, shape: Shape) -> np.ndarray:
+    """The rows of a pass over some pairs, int32 [K, R, S].
+
+    They have the usual length, unless a pair is longer, as one may be that came later.
+    """
+    length_N = pairs.row_lengths(shape.share)
+    longest = max(shape.row_length, int(length_N[index_P].max(initial=0)))
+    longest = min(longest, shape.packed.row_length)
+    if shape.keys:
+        return groups.plan(
+            pairs, index_P, row_length=longest, rows=shape.rows, slots=shape.slots, keys=shape.keys
+        )
+    return pack.plan(length_N, index_P, row_length=longest, rows=shape.rows, slots=shape.slots)
+
+
 def split(
     lengths_N2: np.ndarray,
     order: Sequence[int] | np.ndarray,
@@ -145,13 +236,19 @@ def _plan(lengths_B2: np.ndarray, row_length: int, rows: int, slots: int) -> np.
     )[0]
 
 
-def place(lengths_N2: np.ndarray, pair_KB: np.ndarray, shape: Shape) -> np.ndarray:
+def place(
+    lengths_N2: np.ndarray,
+    pair_KB: np.ndarray,
+    shape: Shape,
+    together: encode.EncodedPairs | None = None,
+) -> np.ndarray:
     """The rows of steps on a mesh.
 
     Args:
-      lengths_N2: integers [N, 2], tokens of each sequence.
+      lengths_N2: integers [N, 2], tokens of each sequence; or [N], tokens of each pair in a row.
       pair_KB: int [K, B], from `split`.
       shape: of the mesh, from the same lengths.
+      together: the data set, to put pairs of one problem into one row where they have room there.
 
     Returns:
       int32 [K, R, S]: indices of pairs, -1 for an empty slot.
@@ -167,6 +264,14 @@ def place(lengths_N2: np.ndarray, pair_KB: np.ndarray, shape: Shape) -> np.ndarr
     longest = shape.packed.row_length
     for k, step in enumerate(np.asarray(pair_KB)):
         pairs = step[step >= 0]
+        if together is not None:
+            rows = groups.together(
+                together, pairs, row_length=longest, rows=shape.rows, slots=shape.slots,
+                keys=shape.keys,
+            )  # fmt: skip
+            if rows is not None:
+                pair_KRS[k] = rows
+                continue
         plan = _plan(np.asarray(lengths_N2)[pairs], longest, shape.rows, shape.slots)
         if (plan >= 0).sum() < len(pairs):
             raise ValueError(

@@ -1,7 +1,9 @@
 """Attention over packed rows: which keys a query sees, and the sums over them.
 
-What a query sees is one contiguous range of its row, so two integers a token say it all. No caller
-builds a [T, T] mask, and a kernel that takes ranges needs none.
+What a query sees is one contiguous range of its row's keys, so two integers a token say it all. No
+caller builds a [T, T] mask, and a kernel that takes ranges needs none. Where completions of several
+pairs share a prompt, copies of its keys keep this so; a range with a hole would have fitted neither
+the TPU's kernel, whose mask is a function of one integer a query, nor those of tokamax.
 
     dense    every query with every key: one [T, T] array a head, the fastest for short rows
     blocks   plain XLA in blocks, without those that no query sees; runs everywhere
@@ -36,10 +38,13 @@ class Visible(NamedTuple):
     # int32, the running maximum of `last_RT`, which ties queries to the later keys that they see;
     # None where no query sees a later key, which a kernel may rely on.
     ahead_RT: jax.Array | None = None
+    # int32 [R, X], the tokens whose keys make up the row, where some do more than once; ranges are
+    # of these then. None: the keys of a row are those of its tokens, in order.
+    key_RX: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Kernel:
+class Placement:
     """How attention is computed, and over which devices.
 
     Attributes:
@@ -85,7 +90,7 @@ class Kernel:
         return 1 if self.mesh is None else math.prod(self.mesh.shape[axis] for axis in axes)
 
 
-AUTO = Kernel()
+AUTO = Placement()
 
 
 def causal(segment_RT: jax.Array, position_RT: jax.Array) -> Visible:
@@ -143,7 +148,7 @@ def attend(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
-    kernel: Kernel = AUTO,
+    place: Placement = AUTO,
 ) -> jax.Array:
     """Grouped-query attention with a float32 softmax.
 
@@ -155,7 +160,7 @@ def attend(
       scale: factor of the logits, 1 / sqrt(E) in most models.
       window: positions that a query sees, its own included; 0 = all.
       softcap: logits become softcap * tanh(logits / softcap); 0 = as they are.
-      kernel: the back end, and the devices.
+      place: the back end, and the devices.
 
     Returns:
       [R, T, H * E] in the dtype of the values.
@@ -163,25 +168,40 @@ def attend(
     Raises:
       ValueError: the back end cannot do what is asked for.
     """
-    name = kernel.chosen(q_RTHE.shape[1])
-    given = (q_RTHE, key_RTGE, value_RTGE, visible)
+    name = place.chosen(q_RTHE.shape[1])
+    position_RC = visible.position_RT
+    if visible.key_RX is not None:
+        if place.size(place.context) > 1:
+            raise ValueError(
+                f"Keys that a row has more than once do not go with mesh.context="
+                f"{place.size(place.context)}. Use data.share_prompts='pair'."
+            )
+        key_RTGE, value_RTGE = (_keys(x, visible.key_RX) for x in (key_RTGE, value_RTGE))
+        position_RC = _keys(position_RC, visible.key_RX)
+    given = (q_RTHE, key_RTGE, value_RTGE, visible, position_RC)
     options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
     if name in _PARTS:
-        part = functools.partial(_PARTS[name], **options, platform=kernel.platform)
-        spread = kernel.size(kernel.context) > 1 or name == "blocks"
-        if kernel.mesh is None or kernel.mesh.size == 1 or not spread:
-            return part(*given, visible.position_RT)
+        part = functools.partial(_PARTS[name], **options, platform=place.platform)
+        spread = place.size(place.context) > 1 or name == "blocks"
+        if place.mesh is None or place.mesh.size == 1 or not spread:
+            return part(*given)
         from sage_jax.models import attention_spread
 
         # Each device by itself: left to the compiler, all would share the longest of their loops.
-        return attention_spread.attend(*given, kernel=kernel, part=part)
+        return attention_spread.attend(*given, place=place, part=part)
     if name == "splash":
         from sage_jax.models import attention_tpu
 
-        return attention_tpu.attend(*given, **options, kernel=kernel)
+        return attention_tpu.attend(*given, **options, place=place)
     from sage_jax.models import attention_gpu
 
-    return attention_gpu.attend(*given, **options, kernel=kernel, tokamax=name == "tokamax")
+    return attention_gpu.attend(*given, **options, place=place, tokamax=name == "tokamax")
+
+
+def _keys(x_RT: jax.Array, key_RX: jax.Array) -> jax.Array:
+    """What belongs to the keys of a row, of arrays [R, T, ...]."""
+    index = key_RX.reshape(*key_RX.shape, *[1] * (x_RT.ndim - 2))
+    return jnp.take_along_axis(x_RT, index, axis=1, mode="promise_in_bounds")
 
 
 def _dense(

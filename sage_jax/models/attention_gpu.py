@@ -42,23 +42,26 @@ def attend(
     key_RTGE: jax.Array,
     value_RTGE: jax.Array,
     visible: Any,
+    position_RC: jax.Array,
     *,
     scale: float,
     window: int,
     softcap: float,
-    kernel: Any,
+    place: Any,
     tokamax: bool,
 ) -> jax.Array:
-    """As `attention.attend`; `kernel` names the mesh that the arrays are spread over.
+    """As `attention.attend`; `place` names the mesh that the arrays are spread over.
+
+    There may be more keys than queries; `position_RC` are those of the keys.
 
     Raises:
       ValueError: tokamax with a window in rows with shared prompts, or a missing package.
     """
     rows, length, heads, width = q_RTHE.shape
-    if kernel.size(kernel.context) > 1:
+    if place.size(place.context) > 1:
         raise ValueError(
-            f"attention={kernel.name!r} takes whole rows, and mesh.context="
-            f"{kernel.size(kernel.context)} splits them. Use model.attention='blocks', or "
+            f"attention={place.name!r} takes whole rows, and mesh.context="
+            f"{place.size(place.context)} splits them. Use model.attention='blocks', or "
             f"mesh.context=1."
         )
     if tokamax:
@@ -68,29 +71,30 @@ def attend(
         )  # fmt: skip
     else:
         block = 64 if q_RTHE.dtype == jnp.float32 or width > 128 else 128
-        settings = Settings(scale, window, softcap, block, 64, kernel.interpret)
+        settings = Settings(scale, window, softcap, block, 64, place.interpret)
         local = functools.partial(_padded, settings=settings)
-    if kernel.mesh is not None and kernel.mesh.size > 1:
-        split = kernel.size(kernel.heads)
+    if place.mesh is not None and place.mesh.size > 1:
+        split = place.size(place.heads)
         fits = heads % split == 0 and key_RTGE.shape[2] % split == 0
-        row_axes = kernel.rows if rows % kernel.size(kernel.rows) == 0 else ()
-        array = PartitionSpec(row_axes or None, None, (kernel.heads if fits else ()) or None)
+        row_axes = place.rows if rows % place.size(place.rows) == 0 else ()
+        array = PartitionSpec(row_axes or None, None, (place.heads if fits else ()) or None)
         local = jax.shard_map(
             local,
-            mesh=kernel.mesh,
-            in_specs=(array, array, array, *[PartitionSpec(row_axes or None)] * 3),
+            mesh=place.mesh,
+            in_specs=(array, array, array, *[PartitionSpec(row_axes or None)] * 4),
             out_specs=array,
             check_vma=False,
         )
-    out = local(q_RTHE, key_RTGE, value_RTGE, *visible[:3])
+    ranges = (visible.first_RT, visible.last_RT, visible.position_RT, position_RC)
+    out = local(q_RTHE, key_RTGE, value_RTGE, *ranges)
     return out.reshape(rows, length, heads * width)
 
 
 def _tokamax(
-    q: Any, key: Any, value: Any, first: Any, last: Any, position: Any,
+    q: Any, key: Any, value: Any, first: Any, last: Any, position: Any, key_position: Any,
     *, scale: float, window: int, softcap: float, ahead: bool,
 ) -> jax.Array:  # fmt: skip
-    del position
+    del position, key_position
     try:
         from tokamax._src.ops.attention import api, base
     except ImportError as e:
@@ -121,20 +125,25 @@ def _tokamax(
 
 
 def _padded(
-    q: Any, key: Any, value: Any, first: Any, last: Any, position: Any, *, settings: Settings
-) -> jax.Array:
+    q: Any, key: Any, value: Any, first: Any, last: Any, position: Any, key_position: Any,
+    *, settings: Settings,
+) -> jax.Array:  # fmt: skip
     """Fills up to whole blocks; a filled query sees key 0 alone, and its output is cut off."""
     length, width = q.shape[1], q.shape[3]
     whole = math.lcm(settings.queries, settings.keys)
-    fill, wider = -length % whole, pl.next_power_of_2(max(width, 16)) - width
-    q, key, value = (jnp.pad(x, ((0, 0), (0, fill), (0, 0), (0, wider))) for x in (q, key, value))
-    ranges = [jnp.pad(x, ((0, 0), (0, fill))) for x in (first, last, position)]
-    return _attend(q, key, value, *ranges, settings)[:, :length, :, :width]
+    wider = pl.next_power_of_2(max(width, 16)) - width
+
+    def filled(x: jax.Array) -> jax.Array:
+        rest = ((0, 0), (0, wider)) if x.ndim == 4 else ()
+        return jnp.pad(x, ((0, 0), (0, -x.shape[1] % whole), *rest))
+
+    given = map(filled, (q, key, value, first, last, position, key_position))
+    return _attend(*given, settings)[:, :length, :, :width]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _attend(q, key, value, first, last, position, settings):
-    return _forward(q, key, value, first, last, position, settings)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
+def _attend(q, key, value, first, last, position, key_position, settings):
+    return _forward(q, key, value, first, last, position, key_position, settings)[0]
 
 
 def _block_of(size: int, *rest: int) -> pl.BlockSpec:
@@ -142,7 +151,10 @@ def _block_of(size: int, *rest: int) -> pl.BlockSpec:
     return pl.BlockSpec((None, size, None, *rest), lambda i, r, h: (r, i, h, *(0 for _ in rest)))
 
 
-def _specs(settings: Settings, length: int, width: int, shared: int) -> dict[str, pl.BlockSpec]:
+def _specs(
+    settings: Settings, length: int, keys: int, width: int, shared: int
+) -> dict[str, pl.BlockSpec]:
+    """Parts of arrays of `length` queries and of `keys`."""
     return {
         "queries": _block_of(settings.queries, width),
         "keys": pl.BlockSpec(
@@ -150,11 +162,10 @@ def _specs(settings: Settings, length: int, width: int, shared: int) -> dict[str
         ),
         "key gradients": _block_of(settings.keys, width),
         "all queries": pl.BlockSpec((None, length, None, width), lambda i, r, h: (r, 0, h, 0)),
-        "all keys": pl.BlockSpec(
-            (None, length, None, width), lambda i, r, h: (r, 0, h // shared, 0)
-        ),
+        "all keys": pl.BlockSpec((None, keys, None, width), lambda i, r, h: (r, 0, h // shared, 0)),
         "of queries": pl.BlockSpec((None, settings.queries), lambda i, r, h: (r, i)),
         "of all": pl.BlockSpec((None, length), lambda i, r, h: (r, 0)),
+        "of all keys": pl.BlockSpec((None, keys), lambda i, r, h: (r, 0)),
         "per query": pl.BlockSpec((None, None, settings.queries), lambda i, r, h: (r, h, i)),
         "per all": pl.BlockSpec((None, None, length), lambda i, r, h: (r, h, 0)),
         "bound": pl.BlockSpec((None, 1), lambda i, r, h: (r, i)),
@@ -195,9 +206,9 @@ def _call(kernel: Any, settings: Settings, name: str, **options: Any) -> Any:
     )
 
 
-def _forward(q, key, value, first, last, position, settings):
+def _forward(q, key, value, first, last, position, key_position, settings):
     rows, length, heads, width = q.shape
-    spec = _specs(settings, length, width, heads // key.shape[2])
+    spec = _specs(settings, length, key.shape[1], width, heads // key.shape[2])
 
     def kernel(q_ref, k_ref, v_ref, first_ref, last_ref, at_ref, position_ref, out_ref, lse_ref):
         q, first, last, at_q = q_ref[...], first_ref[...], last_ref[...], at_ref[...]
@@ -228,20 +239,22 @@ def _forward(q, key, value, first, last, position, settings):
     return _call(
         kernel, settings, "attention_forward",
         grid=(length // settings.queries, rows, heads),
-        in_specs=[spec["queries"], spec["all keys"], spec["all keys"], of, of, of, spec["of all"]],
+        in_specs=[
+            spec["queries"], spec["all keys"], spec["all keys"], of, of, of, spec["of all keys"],
+        ],
         out_specs=[spec["queries"], spec["per query"]],
         out_shape=[
             jax.ShapeDtypeStruct(q.shape, value.dtype),
             jax.ShapeDtypeStruct((rows, heads, length), jnp.float32),
         ],
-    )(q, key, value, first, last, position, position)  # fmt: skip
+    )(q, key, value, first, last, position, key_position)  # fmt: skip
 
 
-def _keep(q, key, value, first, last, position, settings):
-    out, lse = _forward(q, key, value, first, last, position, settings)
+def _keep(q, key, value, *seen_and_settings):
+    out, lse = _forward(q, key, value, *seen_and_settings)
     out = checkpoint_name(out, attention_blocks.SAVED)
     lse = checkpoint_name(lse, attention_blocks.SAVED)
-    return out, (q, key, value, first, last, position, out, lse)
+    return out, (q, key, value, seen_and_settings[:-1], out, lse)
 
 
 def _slopes(q, key, value, slope, lse, mean, seen, settings):
@@ -255,18 +268,19 @@ def _slopes(q, key, value, slope, lse, mean, seen, settings):
 
 
 def _backward(settings, kept, slope):
-    q, key, value, first, last, position, out, lse = kept
+    q, key, value, (first, last, position, key_position), out, lse = kept
     mean = jnp.sum(out.astype(jnp.float32) * slope.astype(jnp.float32), axis=-1)
     mean = mean.transpose(0, 2, 1)  # like lse, [R, H, T]
     settings = settings._replace(queries=64)
-    d_q = _query_slopes(q, key, value, first, last, position, slope, lse, mean, settings)
-    d_key, d_value = _key_slopes(q, key, value, first, last, position, slope, lse, mean, settings)
-    return d_q, d_key, d_value, None, None, None
+    given = (q, key, value, first, last, position, key_position, slope, lse, mean, settings)
+    d_q = _query_slopes(*given)
+    d_key, d_value = _key_slopes(*given)
+    return d_q, d_key, d_value, None, None, None, None
 
 
-def _query_slopes(q, key, value, first, last, position, slope, lse, mean, settings):
+def _query_slopes(q, key, value, first, last, position, key_position, slope, lse, mean, settings):
     rows, length, heads, width = q.shape
-    spec = _specs(settings, length, width, heads // key.shape[2])
+    spec = _specs(settings, length, key.shape[1], width, heads // key.shape[2])
 
     def kernel(
         q_ref, k_ref, v_ref, slope_ref, lse_ref, mean_ref, first_ref, last_ref, at_ref,
@@ -294,39 +308,41 @@ def _query_slopes(q, key, value, first, last, position, slope, lse, mean, settin
         grid=(length // settings.queries, rows, heads),
         in_specs=[
             spec["queries"], spec["all keys"], spec["all keys"], spec["queries"],
-            spec["per query"], spec["per query"], of, of, of, spec["of all"],
+            spec["per query"], spec["per query"], of, of, of, spec["of all keys"],
         ],
         out_specs=spec["queries"],
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
-    )(q, key, value, slope, lse, mean, first, last, position, position)  # fmt: skip
+    )(q, key, value, slope, lse, mean, first, last, position, key_position)  # fmt: skip
 
 
-def _seen_by(first_RT: jax.Array, last_RT: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+def _seen_by(
+    first_RT: jax.Array, last_RT: jax.Array, keys: int, size: int
+) -> tuple[jax.Array, jax.Array]:
     """The first and last query that sees any key of a block, int32 [R, blocks].
 
     Blocks that nothing sees get an empty range.
     """
     length = first_RT.shape[1]
-    at = jnp.arange(0, length, size, dtype=jnp.int32)
+    at = jnp.arange(0, keys, size, dtype=jnp.int32)
     touches = (first_RT[:, None] < at[:, None] + size) & (last_RT[:, None] >= at[:, None])
     index = jnp.arange(length, dtype=jnp.int32)
     begin = jnp.min(jnp.where(touches, index, length), axis=2)
     return begin, jnp.max(jnp.where(touches, index, -1), axis=2)
 
 
-def _key_slopes(q, key, value, first, last, position, slope, lse, mean, settings):
+def _key_slopes(q, key, value, first, last, position, key_position, slope, lse, mean, settings):
     rows, length, heads, width = q.shape
-    groups = key.shape[2]
-    spec = _specs(settings, length, width, heads // groups)
-    begin, end = _seen_by(first, last, settings.keys)
+    keys, groups = key.shape[1:3]
+    spec = _specs(settings, length, keys, width, heads // groups)
+    begin, end = _seen_by(first, last, keys, settings.keys)
 
     def kernel(
         q_ref, k_ref, v_ref, slope_ref, lse_ref, mean_ref, first_ref, last_ref, at_ref,
-        begin_ref, end_ref, d_k_ref, d_v_ref,
+        key_at_ref, begin_ref, end_ref, d_k_ref, d_v_ref,
     ):  # fmt: skip
         key, value = k_ref[...], v_ref[...]
         at = pl.program_id(0) * settings.keys
-        key_position = at_ref[pl.dslice(at, settings.keys)]
+        key_position = key_at_ref[pl.dslice(at, settings.keys)]
 
         def add(i, carry):
             d_key, d_value = carry
@@ -347,21 +363,22 @@ def _key_slopes(q, key, value, first, last, position, slope, lse, mean, settings
         )
         d_k_ref[...], d_v_ref[...] = d_key, d_value
 
-    per_head = jax.ShapeDtypeStruct((rows, length, heads, width), jnp.float32)
+    per_head = jax.ShapeDtypeStruct((rows, keys, heads, width), jnp.float32)
     all_of = spec["of all"]
     found = _call(
         kernel, settings, "attention_key_slopes",
-        grid=(length // settings.keys, rows, heads),
+        grid=(keys // settings.keys, rows, heads),
         in_specs=[
             spec["all queries"], spec["keys"], spec["keys"], spec["all queries"],
-            spec["per all"], spec["per all"], all_of, all_of, all_of, spec["bound"], spec["bound"],
+            spec["per all"], spec["per all"], all_of, all_of, all_of, spec["of all keys"],
+            spec["bound"], spec["bound"],
         ],
         out_specs=[spec["key gradients"], spec["key gradients"]],
         out_shape=[per_head, per_head],
-    )(q, key, value, slope, lse, mean, first, last, position, begin, end)  # fmt: skip
+    )(q, key, value, slope, lse, mean, first, last, position, key_position, begin, end)  # fmt: skip
     # Each head gives its own; the heads that share a key add up here.
     d_key, d_value = (
-        x.reshape(rows, length, groups, heads // groups, width).sum(axis=3) for x in found
+        x.reshape(rows, keys, groups, heads // groups, width).sum(axis=3) for x in found
     )
     return d_key.astype(key.dtype), d_value.astype(value.dtype)
 

@@ -32,11 +32,11 @@ class Split(NamedTuple):
         return PartitionSpec(*axes)
 
 
-def split(kernel: Any, *, rows: int, length: int, heads: int, groups: int, unit: int = 1) -> Split:
-    """How a call is split over the devices of its kernel.
+def split(place: Any, *, rows: int, length: int, heads: int, groups: int, unit: int = 1) -> Split:
+    """How a call is split over the devices of its placement.
 
     Args:
-      kernel: an `attention.Kernel` with a mesh.
+      place: an `attention.Placement` with a mesh.
       rows: of the batch.
       length: tokens of a row.
       heads: of the queries.
@@ -45,12 +45,12 @@ def split(kernel: Any, *, rows: int, length: int, heads: int, groups: int, unit:
     """
 
     def fitting(axes: tuple[str, ...], *sizes: int) -> tuple[str, ...]:
-        return axes if all(size % kernel.size(axes) == 0 for size in sizes) else ()
+        return axes if all(size % place.size(axes) == 0 for size in sizes) else ()
 
-    context = fitting(kernel.context, length)
-    if context and (length // kernel.size(context)) % unit:
+    context = fitting(place.context, length)
+    if context and (length // place.size(context)) % unit:
         context = ()
-    return Split(fitting(kernel.rows, rows), context, fitting(kernel.heads, heads, groups))
+    return Split(fitting(place.rows, rows), context, fitting(place.heads, heads, groups))
 
 
 def gather(x: jax.Array, axes: tuple[str, ...], axis: int) -> jax.Array:
@@ -63,33 +63,38 @@ def attend(
     key_RTGE: jax.Array,
     value_RTGE: jax.Array,
     visible: Any,
+    position_RC: jax.Array,
     *,
-    kernel: Any,
+    place: Any,
     part: Callable[..., jax.Array],
 ) -> jax.Array:
     """As `attention.attend`, on every device's own part.
 
     Args:
       q_RTHE, key_RTGE, value_RTGE, visible: as there.
-      kernel: names the mesh.
+      position_RC: int32, the positions of the keys, which may be more than the queries.
+      place: names the mesh.
       part: `(q, key, value, Visible, key_position) -> [R, T, H * E]` of one device, with more keys
         than queries.
     """
     found = split(
-        kernel, rows=q_RTHE.shape[0], length=q_RTHE.shape[1], heads=q_RTHE.shape[2],
+        place, rows=q_RTHE.shape[0], length=q_RTHE.shape[1], heads=q_RTHE.shape[2],
         groups=key_RTGE.shape[2],
     )  # fmt: skip
 
-    def local(q, key, value, first, last, position):
-        keys, values, at = (gather(x, found.context, 1) for x in (key, value, position))
+    def local(q, key, value, first, last, position, key_position):
+        keys, values, at = (gather(x, found.context, 1) for x in (key, value, key_position))
         return part(q, keys, values, visible._replace(
             first_RT=first, last_RT=last, position_RT=position), at)  # fmt: skip
 
     array, tokens = found.spec(heads_at=2), found.spec()
     return jax.shard_map(
         local,
-        mesh=kernel.mesh,
-        in_specs=(array, array, array, tokens, tokens, tokens),
+        mesh=place.mesh,
+        in_specs=(array, array, array, tokens, tokens, tokens, tokens),
         out_specs=array,
         check_vma=False,
-    )(q_RTHE, key_RTGE, value_RTGE, *visible[:3])
+    )(
+        q_RTHE, key_RTGE, value_RTGE, visible.first_RT, visible.last_RT, visible.position_RT,
+        position_RC,
+    )  # fmt: skip

@@ -83,28 +83,39 @@ def attend(
     key_RTGE: jax.Array,
     value_RTGE: jax.Array,
     visible: Any,
+    position_RC: jax.Array,
     *,
     scale: float,
     window: int,
     softcap: float,
-    kernel: Any,
+    place: Any,
 ) -> jax.Array:
-    """As `attention.attend`; `kernel` names the mesh that the arrays are spread over.
+    """As `attention.attend`; `place` names the mesh that the arrays are spread over.
+
+    There may be more keys than queries.
 
     Raises:
-      ValueError: a window in rows with shared prompts, where positions are not indices.
+      ValueError: a window in rows with shared prompts, where positions are not indices; or rows
+        with copies of keys of more than `LONGEST` keys, where an index is not that of its key.
     """
+    del position_RC
     if window and visible.ahead_RT is not None:
         raise ValueError(
             f"attention='splash' has no window ({window}) in rows with shared prompts. Use "
             f"data.share_prompts='off', or model.attention='blocks'."
         )
     rows, length, heads, _ = q_RTHE.shape
+    keys = key_RTGE.shape[1]
+    if visible.key_RX is not None and keys > LONGEST:
+        raise ValueError(
+            f"attention='splash' takes rows of up to {LONGEST} keys where several pairs share a "
+            f"prompt, not {keys}. Use data.share_prompts='pair'."
+        )
     found = attention_spread.Split((), (), ())
-    spread = kernel.mesh is not None and kernel.mesh.size > 1
+    spread = place.mesh is not None and place.mesh.size > 1
     if spread:
         found = attention_spread.split(
-            kernel, rows=rows, length=length, heads=heads, groups=key_RTGE.shape[2]
+            place, rows=rows, length=length, heads=heads, groups=key_RTGE.shape[2]
         )
 
     def local(q_RTHE, key_RTGE, value_RTGE, ranges):
@@ -116,7 +127,7 @@ def attend(
             mask = _within if not ids else _from if outs else _up_to(window)
             out = _part(
                 q_RTHE, key_RCGE, value_RCGE, first_RT, last_RT, *ids,
-                mask=mask, softcap=softcap, interpret=kernel.interpret,
+                mask=mask, softcap=softcap, interpret=place.interpret,
             )  # fmt: skip
             outs.append(out)
         if len(outs) == 1:
@@ -130,7 +141,7 @@ def attend(
     array = found.spec(heads_at=2)
     return jax.shard_map(
         local,
-        mesh=kernel.mesh,
+        mesh=place.mesh,
         in_specs=(array, array, array, found.spec()),
         out_specs=array,
         check_vma=False,

@@ -58,7 +58,7 @@ class Decoder(nn.Module):
     dtype: Any
     remat: str
     constrain: Callable[[jax.Array], jax.Array] | None
-    kernel: attention.Kernel
+    place: attention.Placement
 
     @nn.compact
     def __call__(
@@ -73,7 +73,7 @@ class Decoder(nn.Module):
     ) -> tuple[jax.Array, layers.KeyValue | None, moe.Balance | None]:
         spec = self.spec
         # On a CPU the layers' sum stays float32: XLA would widen what is kept of it, see `product`.
-        cpu = self.kernel.platform == "cpu"
+        cpu = self.place.platform == "cpu"
         embed = nn.Embed(
             spec.vocab,
             spec.d_model,
@@ -95,13 +95,13 @@ class Decoder(nn.Module):
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
-        )(spec, self.dtype, keep, self.constrain, self.kernel, name="layers")
+        )(spec, self.dtype, keep, self.constrain, self.place, name="layers")
         length = tokens_BT.shape[1] if past is None else past[0].shape[2]
         turns = layers.rotation(spec, position_BT, long_BT)
         x_BTD, (own, balance) = stack(x_BTD, layers.kinds(spec, length), past, turns, seen, real_BT)
         if not spec.tied and self.is_initializing():
             _Head(spec, name="lm_head")()
-        return layers.norm(spec, self.dtype, "final_norm", self.kernel)(x_BTD), own, balance
+        return layers.norm(spec, self.dtype, "final_norm", self.place)(x_BTD), own, balance
 
 
 class _Head(nn.Module):
@@ -126,7 +126,7 @@ class Model:
         on CPU too, where storing every intermediate costs more than computing it) or "full".
       constrain: applied to the residual stream [R, T, D] after the embedding and after each layer;
         under a mesh, a function that calls `jax.lax.with_sharding_constraint`. None: nothing.
-      kernel: how attention is computed, and over which devices; experts run over the same.
+      place: how attention is computed, and over which devices; experts run over the same.
       gather: applied to the embedding, in the compute dtype, before tokens are looked up; under a
         mesh, a function that says where it lies. None: nothing.
       together: applied to the parameters by a sampler, once, before its loop over tokens. None:
@@ -143,7 +143,7 @@ class Model:
     dtype: str = "float32"
     remat: str = "dots"
     constrain: Callable[[jax.Array], jax.Array] | None = None
-    kernel: attention.Kernel = attention.AUTO
+    place: attention.Placement = attention.AUTO
     gather: Callable[[jax.Array], jax.Array] | None = None
     together: Callable[[Params], Params] | None = None
 
@@ -154,7 +154,7 @@ class Model:
 
     @property
     def _module(self) -> Decoder:
-        return Decoder(self.spec, DTYPES[self.dtype], self.remat, self.constrain, self.kernel)
+        return Decoder(self.spec, DTYPES[self.dtype], self.remat, self.constrain, self.place)
 
     def init(self, key: jax.Array) -> Params:
         """Random float32 parameters.
@@ -166,7 +166,7 @@ class Model:
           The nested dict described at the top of this module; works under `jax.eval_shape`.
         """
         one = jnp.zeros((1, 1), jnp.int32)
-        model = dataclasses.replace(self, constrain=None, kernel=attention.Kernel("dense"))
+        model = dataclasses.replace(self, constrain=None, place=attention.Placement("dense"))
         variables = model._module.init(key, one, one, attention.causal(one, one))
         return variables["params"]
 
@@ -242,7 +242,8 @@ class Model:
         if shared is not None:
             first_RT, last_RT = jnp.asarray(shared.first_RT), jnp.asarray(shared.last_RT)
             ahead_RT = jax.lax.cummax(last_RT, axis=1)
-            seen = attention.Visible(first_RT, last_RT, seen.position_RT, ahead_RT)
+            key_RX = None if shared.key_RX is None else jnp.asarray(shared.key_RX)
+            seen = attention.Visible(first_RT, last_RT, seen.position_RT, ahead_RT, key_RX)
             together_RT = (segment_RT + 1) // 2  # both sides of a pair
         long_RT: jax.Array | bool = False
         if self._context < tokens_RT.shape[1]:

@@ -174,13 +174,13 @@ class RMSNorm(nn.Module):
         return x.astype(self.dtype).reshape(shape)
 
 
-def norm(spec: spec_lib.ModelSpec, dtype: Any, name: str, kernel: attention.Kernel) -> RMSNorm:
-    """A norm as the family has it, on the devices of `kernel`.
+def norm(spec: spec_lib.ModelSpec, dtype: Any, name: str, place: attention.Placement) -> RMSNorm:
+    """A norm as the family has it, on the devices of `place`.
 
     XLA's CPU backend takes sums of products of [1, N, D] arrays for N or D products of vectors, and
     needs 7 to 20 times as long as for [N, D] arrays.
     """
-    offset, flat = spec_lib.FAMILIES[spec.family].norm_offset, kernel.platform == "cpu"
+    offset, flat = spec_lib.FAMILIES[spec.family].norm_offset, place.platform == "cpu"
     return RMSNorm(spec.norm_eps, dtype, offset, flat, name=name)
 
 
@@ -220,15 +220,15 @@ class Linear(nn.Module):
 
 def dense(
     features: int,
-    kernel: attention.Kernel,
+    place: attention.Placement,
     *,
     bias: bool | None,
     name: str,
     dtype: Any,
     gain: float = 1.0,
 ) -> Linear:
-    """A linear map on the devices of `kernel`; at initialisation its output variance is `gain`."""
-    return Linear(features, bool(bias), dtype, gain, kernel.platform, name=name)
+    """A linear map on the devices of `place`; at initialisation its output variance is `gain`."""
+    return Linear(features, bool(bias), dtype, gain, place.platform, name=name)
 
 
 class Attention(nn.Module):
@@ -236,7 +236,7 @@ class Attention(nn.Module):
 
     spec: spec_lib.ModelSpec
     dtype: Any
-    kernel: attention.Kernel
+    place: attention.Placement
 
     @nn.compact
     def __call__(
@@ -254,15 +254,13 @@ class Attention(nn.Module):
 
         def project(name: str, heads: int) -> jax.Array:
             width = heads * spec.head_dim
-            linear = dense(
-                width, self.kernel, bias=spec.attention_bias, name=name, dtype=self.dtype
-            )
+            linear = dense(width, self.place, bias=spec.attention_bias, name=name, dtype=self.dtype)
             out = linear(x_BTD)
             if qk_norm == "whole" and name != "v":
-                out = norm(spec, self.dtype, f"{name}_norm", self.kernel)(out)
+                out = norm(spec, self.dtype, f"{name}_norm", self.place)(out)
             out = out.reshape(*x_BTD.shape[:2], heads, spec.head_dim)
             if qk_norm == "head" and name != "v":
-                out = norm(spec, self.dtype, f"{name}_norm", self.kernel)(out)
+                out = norm(spec, self.dtype, f"{name}_norm", self.place)(out)
             return out
 
         q_BTHE = rotate(project("q", spec.heads), turn)
@@ -271,7 +269,7 @@ class Attention(nn.Module):
         out = self._attend(q_BTHE, (key, value), kind, seen, past)
         output = dense(
             spec.d_model,
-            self.kernel,
+            self.place,
             bias=spec.output_bias,
             name="o",
             dtype=self.dtype,
@@ -288,7 +286,7 @@ class Attention(nn.Module):
             windows = window_choices(spec, q_BTHE.shape[1])
             # A branch for each window, which kernels want static; the scan takes one a layer.
             branches: list[Callable[..., jax.Array]] = [
-                functools.partial(attention.attend, window=window, kernel=self.kernel, **common)
+                functools.partial(attention.attend, window=window, place=self.place, **common)
                 for window in windows
             ]
             if len(branches) == 1:
@@ -307,16 +305,16 @@ class MLP(nn.Module):
 
     spec: spec_lib.ModelSpec
     dtype: Any
-    kernel: attention.Kernel
+    place: attention.Placement
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         spec = self.spec
-        linear = functools.partial(dense, kernel=self.kernel, bias=spec.mlp_bias, dtype=self.dtype)
+        linear = functools.partial(dense, place=self.place, bias=spec.mlp_bias, dtype=self.dtype)
         gate = linear(spec.d_ff, name="gate")(x_BTD)
         up = linear(spec.d_ff, name="up")(x_BTD)
         down = linear(spec.d_model, name="down", gain=0.5 / spec.layers)
-        if self.kernel.platform == "cpu":
+        if self.place.platform == "cpu":
             # There each operation on bfloat16 numbers is one on float32 numbers and two casts.
             gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
         return down(moe.ACTIVATIONS[spec.activation](gate) * up)
@@ -333,7 +331,7 @@ class Block(nn.Module):
     dtype: Any
     keep: bool
     constrain: Callable[[jax.Array], jax.Array] | None
-    kernel: attention.Kernel
+    place: attention.Placement
 
     @nn.compact
     def __call__(
@@ -350,17 +348,17 @@ class Block(nn.Module):
         balance = None
 
         def normed(x: jax.Array, name: str, place: str) -> jax.Array:
-            return norm(spec, dtype, name, self.kernel)(x) if norms in (place, "both") else x
+            return norm(spec, dtype, name, self.place)(x) if norms in (place, "both") else x
 
         entering = normed(x_BTD, "attention_norm", "before")
-        attend = Attention(spec, dtype, self.kernel, name="attention")
+        attend = Attention(spec, dtype, self.place, name="attention")
         attended, own = attend(entering, kind, rotation, seen, past)
         x_BTD = x_BTD + normed(attended, "attention_post_norm", "after")
         entering = normed(x_BTD, "mlp_norm", "before")
         if spec.experts:
-            out, balance = moe.Experts(spec, dtype, self.kernel, name="mlp")(entering, real_BT)
+            out, balance = moe.Experts(spec, dtype, self.place, name="mlp")(entering, real_BT)
         else:
-            out = MLP(spec, dtype, self.kernel, name="mlp")(entering)
+            out = MLP(spec, dtype, self.place, name="mlp")(entering)
         x_BTD = x_BTD + normed(out, "mlp_post_norm", "after")
         if self.constrain is not None:
             x_BTD = self.constrain(x_BTD)

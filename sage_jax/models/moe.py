@@ -96,7 +96,7 @@ def mix(
 
 
 def _over_devices(
-    mix_fn: Callable[..., jax.Array], place: attention.Kernel, context: bool
+    mix_fn: Callable[..., jax.Array], place: attention.Placement, context: bool
 ) -> Callable[..., jax.Array]:
     """`mix_fn` on the tokens that each device holds; the experts' width is split like heads.
 
@@ -121,7 +121,7 @@ class Experts(nn.Module):
 
     spec: spec_lib.ModelSpec
     dtype: Any
-    place: attention.Kernel = (
+    place: attention.Placement = (
         attention.AUTO
     )  # over which devices rows, tokens and weights are spread
 

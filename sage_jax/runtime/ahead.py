@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from sage_jax import batch
-from sage_jax.data import steps
+from sage_jax.data import encode, layout, steps
 from sage_jax.runtime import hosts
 from sage_jax.runtime import mesh as meshes
 
@@ -22,22 +22,23 @@ def rows_of(shape: steps.Shape, length: int, mesh: jax.sharding.Mesh) -> batch.P
     """What a batch with rows of a length looks like on a mesh, as `jax.ShapeDtypeStruct`s."""
     one = batch.empty(1, length, shape.slots)
     if shape.share:
-        one = one._replace(shared=batch.Shared(one.tokens_RT, one.tokens_RT, one.tokens_RT))
+        none = layout.unshared(1, length, shape.slots, shape.keys_of(length))
+        one = one._replace(shared=none)
     where = meshes.batch_sharding(mesh)
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((shape.rows, *x.shape[1:]), x.dtype, sharding=where), one
     )
 
 
-def lengths(placed: np.ndarray, length_N: np.ndarray, shape: steps.Shape) -> list[int]:
+def lengths(placed: np.ndarray, pairs: encode.EncodedPairs, shape: steps.Shape) -> list[int]:
     """The row lengths that the batches of a plan have, ascending.
 
     Args:
         placed: int [K, R, S], indices of pairs, -1 for an empty slot.
-        length_N: tokens of each pair in a row.
+        pairs: the data set.
         shape: the static shapes of the batches.
     """
-    return sorted({shape.length_of(pair_RS, length_N) for pair_RS in placed})
+    return sorted(set(steps.lengths(pairs, placed, shape).tolist()))
 
 
 class Programs:

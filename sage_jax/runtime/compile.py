@@ -317,7 +317,7 @@ def _sample_step(run: config.Run, policy: setup.Policy, mesh: jax.sharding.Mesh)
 
 def _kernel(run: config.Run, mesh: jax.sharding.Mesh, length: int) -> str:
     """The back end of attention that a run takes for rows of so many tokens."""
-    return attention.Kernel(run.model.attention, mesh).chosen(length)
+    return attention.Placement(run.model.attention, mesh).chosen(length)
 
 
 def _block(run: config.Run, mesh: jax.sharding.Mesh, length: int) -> int | None:

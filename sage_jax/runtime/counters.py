@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sage_jax.data import encode
+from sage_jax.data import encode, groups, steps
 from sage_jax.models import decoder
 from sage_jax.runtime import chips
 
@@ -66,11 +66,15 @@ class Counters:
         total = self.seconds_training
         return min(self.seconds_waiting / total, 1.0) if total else 0.0
 
-    def count(self, index: np.ndarray, flops_N: np.ndarray) -> float:
-        """Counts one step over these pairs; returns its floating-point operations."""
-        flops = 3.0 * float(flops_N[index].sum())  # forward + 2 x backward
+    def count(self, pairs: int, forward: float) -> float:
+        """Counts one step over so many pairs, by the floating-point operations of its forward pass.
+
+        Returns:
+            Its floating-point operations.
+        """
+        flops = 3.0 * forward  # forward + 2 x backward
         self.step, self.position = self.step + 1, self.position + 1
-        self.pairs += len(index)
+        self.pairs += pairs
         self.flops_training += flops
         return flops
 
@@ -112,6 +116,42 @@ def pair_flops(
         once = pairs.common_N.astype(np.float64)
         total_N -= once * per_token + once * (once + 1) / 2 * per_score
     return total_N
+
+
+def flops(
+    model: decoder.Model,
+    pairs: encode.EncodedPairs,
+    pair_KRS: np.ndarray,
+    shape: steps.Shape,
+    flops_N: np.ndarray | None = None,
+) -> float:
+    """Floating-point operations of one forward pass over the rows of a plan.
+
+    Args:
+        model: whose pass it is.
+        pairs: the data set.
+        pair_KRS: int [K, R, S], indices of pairs, -1 for an empty slot.
+        shape: of the rows, which says what pairs share in them.
+        flops_N: those of each pair alone, where they are known already.
+    """
+    if not shape.keys:
+        if flops_N is None:
+            flops_N = pair_flops(model, pairs, shared=shape.share)
+        return float(flops_N[pair_KRS[pair_KRS >= 0]].sum())
+    found = groups.work(pairs, pair_KRS, grouped=True)
+    return model.forward_flops(*(int(x.sum()) for x in found))
+
+
+def step_flops(
+    model: decoder.Model, pairs: encode.EncodedPairs, shape: steps.Shape, batch_pairs: int
+) -> np.ndarray:
+    """Floating-point operations of a forward pass that each pair adds to a random step, [N]."""
+    flops_N = pair_flops(model, pairs, shared=shape.share)
+    if not shape.keys:
+        return flops_N
+    placed = steps.drawn(pairs, shape, batch_pairs)
+    alone = flops_N[placed[placed >= 0]].sum()
+    return flops_N * flops(model, pairs, placed, shape) / alone
 
 
 def speed(tokens: int, flops: float, seconds: float, peak_flops: float | None) -> dict[str, float]:

@@ -13,18 +13,44 @@ import jax.numpy as jnp
 import numpy as np
 
 from sage_jax import config, curriculum, logprobs, losses, scores
-from sage_jax.data import encode, pack, pipeline, steps
+from sage_jax.data import encode, pipeline, steps
 from sage_jax.models import quantised
 from sage_jax.report import progress
-from sage_jax.runtime import ahead, counters, hosts, programs, reference, rounds, setup
+from sage_jax.runtime import (
+    ahead,
+    counters,
+    hosts,
+    programs,
+    reference,
+    rounds,
+    setup,
+    sharing,
+)  # fmt: skip
 from sage_jax.runtime import mesh as meshes
 
 
 class Passes:
-    """Jitted forward passes over a data set, whose weights are an argument."""
+    """Jitted forward passes over a data set, whose weights are an argument.
 
-    def __init__(self, policy: setup.Policy, mesh: jax.sharding.Mesh, shape: steps.Shape):
-        self.mesh, self.shape = mesh, shape
+    Args:
+        policy: the model.
+        mesh: the devices.
+        shape: of the rows of a step.
+        whole: of the rows of these passes; None: the same.
+
+    Attributes:
+        flops: floating-point operations of the passes so far.
+    """
+
+    def __init__(
+        self,
+        policy: setup.Policy,
+        mesh: jax.sharding.Mesh,
+        shape: steps.Shape,
+        whole: steps.Shape | None = None,
+    ):
+        self.mesh, self.shape, self.whole = mesh, shape, whole or shape
+        self.flops = 0.0
         self.rows_L = meshes.local_rows(mesh, shape.rows)
         self._casts: dict[str, Any] = {}
         self._policy = policy
@@ -43,7 +69,7 @@ class Passes:
                 )
             )
         self.seconds_compiling += self._programs[key].compile(
-            wanted, lambda n: (params, frozen, ahead.rows_of(self.shape, n, self.mesh))
+            wanted, lambda n: (params, frozen, ahead.rows_of(self.whole, n, self.mesh))
         )
         return self._programs[key]
 
@@ -84,17 +110,12 @@ class Passes:
         # it takes a layer's: there each layer's are rounded as they are used.
         if dtype and (dtype == "int8" or self.mesh.devices.flat[0].platform != "cpu"):
             params, frozen = self._cast((params, frozen), dtype)
-        shape = self.shape
+        shape = self.whole
         # The device is at work while the host takes what came before. But on CPUs two programs at
         # once may meet in another order on another process, and wait for each other for ever.
         at_once = 0 if hosts.several() and jax.default_backend() == "cpu" else 1
-        length_N = pairs.row_lengths(shape.share)
-        # Rows of the usual length, unless a pair is longer, as one may be that came later.
-        longest = max(shape.row_length, int(length_N[index_P].max(initial=0)))
-        plan = pack.plan(
-            length_N, index_P, row_length=min(longest, shape.packed.row_length), rows=shape.rows,
-            slots=shape.slots,
-        )  # fmt: skip
+        plan = steps.plan_pass(pairs, index_P, shape)
+        self.flops += counters.flops(self._policy.model, pairs, plan, shape)
         place_N = np.full(len(pairs), -1, np.int64)
         place_N[index_P] = np.arange(len(index_P))
         out = logprobs.SequenceStats(
@@ -111,7 +132,7 @@ class Passes:
 
         started: collections.deque = collections.deque()
         program = self._program(
-            (logit_norm, light, dtype), ahead.lengths(plan, length_N, shape), params, frozen
+            (logit_norm, light, dtype), ahead.lengths(plan, pairs, shape), params, frozen
         )
         batches = pipeline.batches(pairs, plan, shape.row_length, rows_L=self.rows_L, shape=shape)
         for pair_RS, rows in zip(plan, batches, strict=True):
@@ -176,9 +197,9 @@ class Scorer:
             self.pairs = setup.first_tokens(pairs, run.selection.scoring_tokens)
             share = passes.shape.share
             shape = setup.row_shape(run, self.pairs.row_lengths(share), passes.mesh, share=share)
-            self.passes = Passes(policy, passes.mesh, shape)
+            shapes = sharing.problem_shapes(run, policy.model, self.pairs, shape)
+            self.passes = Passes(policy, passes.mesh, *shapes)
         self.whole_N = (self.pairs.lengths_N2 == pairs.lengths_N2).all(axis=1)
-        self.flops_N = counters.pair_flops(policy.model, self.pairs, shared=self.passes.shape.share)
 
     def __call__(
         self,
@@ -205,6 +226,7 @@ class Scorer:
         if not len(place):
             return Scored(self._remembered(memory, index_P), memory)
         start, before = time.perf_counter(), self.passes.seconds_compiling
+        flops = self.passes.flops
         index = index_P[place]
         stats = self.passes.stats(
             params, self.pairs, index,
@@ -222,7 +244,7 @@ class Scorer:
         return Scored(
             pairs,
             memory,
-            float(self.flops_N[index].sum()),
+            self.passes.flops - flops,
             time.perf_counter() - start - compiling,
             compiling,
         )
@@ -276,13 +298,12 @@ def stored_stats(
 
     def compute(index: np.ndarray) -> logprobs.SequenceStats:
         few = aside or len(index) <= run.reference.spot_check  # the check of what is stored
-        began = time.perf_counter()
+        began, before = time.perf_counter(), passes.flops
         with progress.Progress(len(index), label, "pairs", aside=few) as bar:
             found = passes.stats(policy.params, pairs, index, logit_norm=logit_norm, bar=bar)
         if spent is not None:
             spent.pairs_reference += len(index)
-            of_each = counters.pair_flops(policy.model, pairs, shared=passes.shape.share)
-            spent.flops_reference += float(of_each[index].sum())
+            spent.flops_reference += passes.flops - before
             spent.seconds_reference += time.perf_counter() - began
         return found
 
@@ -309,7 +330,7 @@ def reference_logps(
         return np.zeros((len(pairs), 2), np.float32)
     logps = np.asarray(start.logps)
     if other is not None:
-        theirs = Passes(other, passes.mesh, passes.shape)
+        theirs = Passes(other, passes.mesh, passes.shape, passes.whole)
         logps = np.asarray(stored_stats(run, other, theirs, pairs, "reference", spent).logps)
     if pairs.ref_logps_N2 is not None:
         logps = np.where(np.isfinite(pairs.ref_logps_N2), pairs.ref_logps_N2, logps)

@@ -404,14 +404,15 @@ class Trainer:
         shape, done = self.passes.shape, self.counters.position
         plan = self.round.pair_KB[done : done + left]
         length_N = self.pairs.row_lengths(shape.share)
-        placed = steps.place(length_N, plan, shape)
+        placed = steps.place(length_N, plan, shape, self.pairs if shape.keys else None)
+        tokens_K = steps.tokens(self.pairs, placed, shape).sum(axis=1)
         batches = pipeline.batches(
             self.pairs, placed, shape.row_length,
             ref_logps_N2=self.reference, rows_L=self.passes.rows_L, shape=shape,
         )  # fmt: skip
         with contextlib.closing(batches):
-            self._compile(ahead.lengths(placed, length_N, shape), bar)
-            for pair_B, pair_RS in zip(plan, placed, strict=True):
+            self._compile(ahead.lengths(placed, self.pairs, shape), bar)
+            for pair_B, pair_RS, tokens in zip(plan, placed, tokens_K, strict=True):
                 rows, waited = self._next_batch(batches)
                 now = self.counters.step
                 row = self.counters.row(len(self.pairs))
@@ -432,9 +433,8 @@ class Trainer:
                 )
                 self._flush()  # the step before, while this one runs
                 self.counters.seconds_waiting += waited
-                flops = self.counters.count(pair_B[pair_B >= 0], self.flops_N)
-                room = shape.rows * length
-                row["perf/padding_fraction"] = 1 - length_N[pair_B[pair_B >= 0]].sum() / room
+                flops = self.counters.count(int((pair_B >= 0).sum()), self._flops(pair_RS))
+                row["perf/padding_fraction"] = 1 - float(tokens) / (shape.rows * length)
                 row["perf/scoring_fraction"] = self.counters.flops_scoring / self.counters.flops
                 row["perf/scoring_seconds_fraction"] = self.counters.scoring_seconds_fraction
                 row["perf/data_wait_fraction"] = self.counters.data_wait_fraction
@@ -444,6 +444,12 @@ class Trainer:
                     self._save(checkpoints)
                 if stopped():
                     return
+
+    def _flops(self, pair_RS: np.ndarray) -> float:
+        """Of a forward pass over the rows of a step."""
+        return counters.flops(
+            self.policy.model, self.pairs, pair_RS[None], self.passes.shape, self.flops_N
+        )
 
     def _compile(self, wanted: Sequence[int], bar: progress.Progress) -> None:
         """Compiles the step for the row lengths of a round; that is no time of a step."""

@@ -8,7 +8,16 @@ from sage_jax import config
 from sage_jax.data import encode
 from sage_jax.generate import pairs as pair_makers
 from sage_jax.report import progress, writers
-from sage_jax.runtime import checkpoint, evaluation, forward, hosts, setup, state, training
+from sage_jax.runtime import (
+    checkpoint,
+    evaluation,
+    forward,
+    hosts,
+    setup,
+    sharing,
+    state,
+    training,
+)  # fmt: skip
 from sage_jax.runtime import mesh as meshes
 
 
@@ -93,9 +102,11 @@ def eval(run: config.Run, workdir: pathlib.Path | None) -> int:
     other = passes = None
     if pairs is not None:
         other = setup.load_reference(run, policy, mesh)
-        share = setup.shares_prompts(run, policy.model, pairs)
+        share = sharing.shares_prompts(run, policy.model, pairs)
         shape = setup.row_shape(run, pairs.row_lengths(share), mesh, share=share)
-        passes = forward.Passes(policy, mesh, shape)
+        passes = forward.Passes(
+            policy, mesh, *sharing.problem_shapes(run, policy.model, pairs, shape)
+        )
     evaluator = evaluation.Evaluator(run, policy, held, passes, pairs, other)
     row = evaluator(policy.params)
     _print_evaluation(run, evaluator, row)

@@ -12,7 +12,7 @@ import numpy as np
 from sage_jax import config
 from sage_jax.data import pack, steps
 from sage_jax.models import attention, attention_tpu
-from sage_jax.runtime import setup
+from sage_jax.runtime import sharing
 
 STEPS = 4  # whose rows are laid out, to count what attention computes in them
 PAIRS = 2**16  # as many as in a usual data set, whose longest pair sets the length of rows
@@ -118,7 +118,7 @@ def _prompts(share: float) -> str:
 
 def shares(run: config.Run, model: Any, found: Pairs) -> bool:
     """Whether a run with such pairs has rows with shared prompts, by data.share_prompts."""
-    return setup.shares_prompts(run, model, found)  # type: ignore[arg-type]
+    return sharing.shares_prompts(run, model, found)  # type: ignore[arg-type]
 
 
 def keys_computed(
@@ -153,12 +153,14 @@ def keys_computed(
     order = np.arange(several * batch_pairs) % len(found)
     pair_KB = steps.split(length_N, order, shape.every, batch_pairs)
     most = []
-    for pair_RS in steps.place(length_N, pair_KB, shape):
-        length = max(shape.row_length, shape.length_of(pair_RS, length_N))
+    placed = steps.place(length_N, pair_KB, shape)
+    lengths_K = steps.lengths(found, placed, shape)  # type: ignore[arg-type]
+    for pair_RS, needed in zip(placed, lengths_K.tolist(), strict=True):
+        length = max(shape.row_length, needed)
         one = pack.collate(found, pair_RS, length, share=shape.share)  # type: ignore[arg-type]
         seen = attention.causal(*map(jnp.asarray, (one.segment_RT, one.position_RT)))
         if one.shared is not None:
-            first_RT, last_RT, _ = map(jnp.asarray, one.shared)
+            first_RT, last_RT = map(jnp.asarray, one.shared[:2])
             seen = attention.Visible(first_RT, last_RT, seen.position_RT, last_RT)
         cut = (shape.rows, stretches, length // stretches)
         fill = ((0, 0), (0, 0), (0, -cut[2] % block))

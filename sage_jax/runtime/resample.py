@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from sage_jax import config, curriculum, losses, rules, step
-from sage_jax.data import encode, merge, records
+from sage_jax.data import encode, merge, records, steps
 from sage_jax.generate import pairs as pair_makers
 from sage_jax.report import progress, writers
 from sage_jax.runtime import counters, forward, hosts, resample_plan, setup
@@ -86,7 +86,9 @@ class Resampler:
         self.policy, self.passes, self.problems, self.capacity = policy, passes, problems, capacity
         self.reference = other or policy
         self.reference_passes = (
-            passes if other is None else forward.Passes(other, passes.mesh, passes.shape)
+            passes
+            if other is None
+            else forward.Passes(other, passes.mesh, passes.shape, passes.whole)
         )
         self.least = -int(-run.train.batch_pairs // config.kept_share(run))
 
@@ -129,17 +131,14 @@ class Resampler:
         new = encode.take(merged.pairs, np.arange(len(merged.stays), len(merged.pairs)))
         reference = self._reference_logps(run, new)
         flops = self.policy.model.forward_flops(tally.tokens, tally.attended, tally.new_tokens)
-        flops += float(
-            counters.pair_flops(self.reference.model, new, shared=self.passes.shape.share).sum()
-        )
+        plan = steps.plan_pass(new, np.arange(len(new)), self.passes.whole)
+        flops += counters.flops(self.reference.model, new, plan, self.passes.whole)
         sampled = time.perf_counter()
         memory = curriculum.grow(curriculum.recall(data.memory, merged.stays), len(new))
         flops_scoring = 0.0
         if len(new) and looks_at_margins(run):
             memory = self._remember(run, memory, params, new, reference, score_fn, number)
-            flops_scoring = float(
-                counters.pair_flops(self.policy.model, new, shared=self.passes.shape.share).sum()
-            )
+            flops_scoring = counters.flops(self.policy.model, new, plan, self.passes.whole)
         rule = _grown_rule(run, loss, data.rule, memory, merged.stays)
         reference = np.concatenate([data.reference[merged.stays], reference])
         return Grown(

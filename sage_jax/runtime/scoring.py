@@ -12,7 +12,7 @@ from sage_jax import config, curriculum, rules, scores, selection
 from sage_jax.data import encode, records
 from sage_jax.generate import pairs as pair_makers
 from sage_jax.report import progress, writers
-from sage_jax.runtime import forward, hosts, rounds, setup, suspicion
+from sage_jax.runtime import forward, hosts, rounds, setup, sharing, suspicion
 
 
 def score(run: config.Run, workdir: pathlib.Path) -> int:
@@ -73,9 +73,10 @@ def score(run: config.Run, workdir: pathlib.Path) -> int:
     rounds.rule_column(run, pairs)
     policy = setup.load_policy(run, mesh, tokenizer)
     other = setup.load_reference(run, policy, mesh)
-    share = setup.shares_prompts(run, policy.model, pairs)
+    share = sharing.shares_prompts(run, policy.model, pairs)
     shape = setup.row_shape(run, pairs.row_lengths(share), mesh, share=share)
-    passes = forward.Passes(policy, mesh, shape)
+    shapes = sharing.problem_shapes(run, policy.model, pairs, shape)
+    passes = forward.Passes(policy, mesh, *shapes)
     stats = forward.stored_stats(run, policy, passes, pairs, "scoring")
     ref = forward.reference_logps(run, policy, passes, pairs, stats, other)
     loss = setup.make_loss(run)

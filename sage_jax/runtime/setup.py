@@ -22,8 +22,6 @@ from sage_jax.models import lora as adapters
 from sage_jax.runtime import chips, hosts
 from sage_jax.runtime import mesh as meshes
 
-LEAST_SHARED = 0.02  # of the tokens that sharing prompts has to save, else it is not done
-
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
@@ -96,7 +94,7 @@ class Policy:
             penalty=penalty,
             spread=None if self.mesh is None else meshes.spread(self.mesh),
             memory=head_memory(self.mesh),
-            platform=model.kernel.platform,
+            platform=model.place.platform,
         )
 
 
@@ -250,7 +248,7 @@ def on_mesh(run: config.Run, model: decoder.Model, mesh: jax.sharding.Mesh) -> d
         constrain=meshes.residual(mesh),
         gather=meshes.table(mesh),
         together=_together(run, model, mesh),
-        kernel=attention.Kernel(
+        place=attention.Placement(
             run.model.attention, mesh, meshes.ROWS, ("tensor",), (meshes.CONTEXT,)
         ),
     )
@@ -419,27 +417,6 @@ def check_sides(pairs: encode.EncodedPairs, key: str, otherwise: str = "") -> No
         )
 
 
-def shares_prompts(run: config.Run, model: decoder.Model, pairs: encode.EncodedPairs) -> bool:
-    """Whether both completions of a pair share one prompt in their row, by data.share_prompts.
-
-    Raises:
-        ValueError: it is "on", and the model or the data do not allow it.
-    """
-    setting = run.data.share_prompts
-    spec = model.spec
-    windows = any(getattr(spec, "windows", ()) or ()) or bool(getattr(spec, "window", 0))
-    splash = attention.Kernel(run.model.attention).chosen(2**20) == "splash"
-    if setting == "on" and windows and splash:
-        raise ValueError(
-            "config.data.share_prompts='on' does not go with this model's sliding windows on a "
-            "TPU. Use 'auto'."
-        )
-    if setting == "off" or (setting == "auto" and windows) or not pairs.lengths_N2[:, 1].all():
-        return False
-    saved = pairs.common_N.sum() / max(int(pairs.lengths_N2.sum()), 1)
-    return setting == "on" or bool(saved >= LEAST_SHARED)
-
-
 def row_shape(
     run: config.Run, lengths_N: np.ndarray, mesh: jax.sharding.Mesh, *, share: bool = False
 ) -> steps.Shape:
@@ -451,7 +428,7 @@ def row_shape(
         mesh: the devices.
         share: the lengths are of rows with shared prompts.
     """
-    kernel = attention.Kernel(run.model.attention, mesh).chosen(2**20)
+    kernel = attention.Placement(run.model.attention, mesh).chosen(2**20)
     return steps.shape(
         lengths_N,
         batch_pairs=min(run.train.batch_pairs, len(lengths_N)),

@@ -26,6 +26,7 @@ from sage_jax.runtime import (
     resample_plan,
     rounds,
     setup,
+    sharing,
     summary,
 )  # fmt: skip
 
@@ -109,14 +110,16 @@ def fit(run: config.Run, workdir: pathlib.Path, mode: str) -> int:
     keep_programs(run, workdir)
 
     policy, pairs, held_out = parts.policy, parts.pairs, parts.held_out
-    share = setup.shares_prompts(run, policy.model, pairs)
+    share = sharing.shares_prompts(run, policy.model, pairs)
     lengths = pairs.row_lengths(share)
     if held_out is not None:
         lengths = np.concatenate([lengths, held_out.row_lengths(share)])
     if parts.asked is not None:
         run = resample_plan.settled(run, pairs)
         lengths = resample_plan.planned(run, policy.tokenizer, pairs, parts.asked, lengths)
-    passes = forward.Passes(policy, mesh, setup.row_shape(run, lengths, mesh, share=share))
+    shape = setup.row_shape(run, lengths, mesh, share=share)
+    shapes = sharing.problem_shapes(run, policy.model, pairs, shape)
+    passes = forward.Passes(policy, mesh, *shapes)
     moved = None
     if run.eval.kl_prompts:
         moved = divergence.Divergence(run, policy, parts.other, pairs)
@@ -141,7 +144,7 @@ def fit(run: config.Run, workdir: pathlib.Path, mode: str) -> int:
         label = run.selection.name if mode == "train" else mode
         outcome = loop.Trainer(run, workdir, **shared, label=label).train(stopped)
         twins: dict[str, loop.Outcome] = {}
-        flops_N = counters.pair_flops(policy.model, pairs, shared=share)
+        flops_N = counters.step_flops(policy.model, pairs, passes.shape, run.train.batch_pairs)
         for name in [name for name in TWINS if getattr(run.compare, name)]:
             if not [outcome, *twins.values()][-1].finished:
                 break

@@ -13,9 +13,9 @@ from sage_jax.models import attention, attention_tpu
 ROWS, LENGTH, HEADS, GROUPS, WIDTH = 2, 200, 4, 2, 24
 LAYOUTS = ("segments", "shared")
 KERNELS = {
-    "blocks": attention.Kernel("blocks"),
-    "triton": attention.Kernel("triton", interpret=True),
-    "splash": attention.Kernel("splash", interpret=True),
+    "blocks": attention.Placement("blocks"),
+    "triton": attention.Placement("triton", interpret=True),
+    "splash": attention.Placement("splash", interpret=True),
 }
 
 
@@ -50,10 +50,10 @@ def inputs(dtype=jnp.float32, rows=ROWS, length=LENGTH):
     return arrays, jax.random.normal(keys[3], (rows, length, HEADS * WIDTH), dtype)
 
 
-def with_gradients(kernel, seen, arrays, slope, **options):
+def with_gradients(place, seen, arrays, slope, **options):
     def run(*arrays):
         out, pull = jax.vjp(
-            lambda *a: attention.attend(*a, seen, scale=0.2, kernel=kernel, **options), *arrays
+            lambda *a: attention.attend(*a, seen, scale=0.2, place=place, **options), *arrays
         )
         return out, *pull(slope)
 
@@ -72,7 +72,7 @@ def test_every_kernel_is_the_dense_form(name, layout, options):
     if name == "splash" and layout == "shared" and "window" in options:
         pytest.skip("refused, see below")
     arrays, slope = inputs()
-    wanted = with_gradients(attention.Kernel("dense"), visible(layout), arrays, slope, **options)
+    wanted = with_gradients(attention.Placement("dense"), visible(layout), arrays, slope, **options)
     found = with_gradients(KERNELS[name], visible(layout), arrays, slope, **options)
     for a, b in zip(found, wanted, strict=True):
         assert error(a, b) < 1e-6
@@ -83,7 +83,7 @@ def test_bfloat16_stays_within_its_rounding(name):
     arrays, slope = inputs(jnp.bfloat16)
     exact = [a.astype(jnp.float32) for a in arrays]
     wanted = with_gradients(
-        attention.Kernel("dense"), visible("shared"), exact, slope.astype(jnp.float32)
+        attention.Placement("dense"), visible("shared"), exact, slope.astype(jnp.float32)
     )
     found = with_gradients(KERNELS[name], visible("shared"), arrays, slope)
     for a, b in zip(found, wanted, strict=True):
@@ -118,10 +118,10 @@ def test_a_window_reaches_over_the_border_between_devices():
 
 def test_gpu_kernels_refuse_rows_that_are_not_whole():
     mesh = Mesh(np.array(jax.devices()).reshape(1, 8), ("fsdp", "context"))
-    kernel = attention.Kernel("triton", mesh, ("fsdp",), (), ("context",), interpret=True)
+    place = attention.Placement("triton", mesh, ("fsdp",), (), ("context",), interpret=True)
     arrays, slope = inputs()
     with pytest.raises(ValueError, match="takes whole rows"):
-        with_gradients(kernel, visible("segments"), arrays, slope)
+        with_gradients(place, visible("segments"), arrays, slope)
 
 
 def check_over_eight_devices(name, sizes, *, layout="shared", length=LENGTH, rows=8, **options):
@@ -130,17 +130,17 @@ def check_over_eight_devices(name, sizes, *, layout="shared", length=LENGTH, row
         tuple(sizes),
         axis_types=(AxisType.Auto,) * 3,
     )
-    kernel = attention.Kernel(
+    place = attention.Placement(
         name, mesh, ("fsdp",), ("tensor",), ("context",), interpret=name != "dense"
     )
     rows = rows if length == LENGTH else max(2, sizes["fsdp"])
     arrays, slope = inputs(rows=rows, length=length)
     seen = jax.tree.map(lambda x: jnp.tile(x, (rows // ROWS, 1)), visible(layout, length))
-    wanted = with_gradients(attention.Kernel("dense"), seen, arrays, slope, **options)
+    wanted = with_gradients(attention.Placement("dense"), seen, arrays, slope, **options)
     part = "context" if sizes["context"] > 1 else None
     split = NamedSharding(mesh, PartitionSpec("fsdp", part, "tensor"))
     found = with_gradients(
-        kernel,
+        place,
         jax.device_put(seen, NamedSharding(mesh, PartitionSpec("fsdp"))),
         jax.device_put(arrays, split),
         jax.device_put(slope, split),
@@ -156,8 +156,8 @@ def test_blocks_hold_nothing_quadratic_in_the_row():
 
     def run(q, key, value):
         seen = attention.causal(jnp.ones((1, length), jnp.int32), jnp.zeros((1, length), jnp.int32))
-        kernel = attention.Kernel("blocks")
-        return attention.attend(q, key, value, seen, scale=1.0, kernel=kernel).sum()
+        place = attention.Placement("blocks")
+        return attention.attend(q, key, value, seen, scale=1.0, place=place).sum()
 
     compiled = jax.jit(jax.grad(run)).lower(*like).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < length * length / 4
@@ -169,7 +169,7 @@ def test_splash_takes_as_many_rows_at_a_time_as_its_integers_hold(layout, longes
     monkeypatch.setattr(attention_tpu, "LONGEST", longest)
     arrays, slope = inputs(rows=4)
     seen = jax.tree.map(lambda x: jnp.tile(x, (2, 1)), visible(layout))
-    wanted = with_gradients(attention.Kernel("dense"), seen, arrays, slope)
+    wanted = with_gradients(attention.Placement("dense"), seen, arrays, slope)
     for a, b in zip(with_gradients(KERNELS["splash"], seen, arrays, slope), wanted, strict=True):
         assert error(a, b) < 1e-6
 
@@ -243,8 +243,8 @@ def test_splash_does_not_touch_blocks_that_no_query_of_a_block_sees():
 
 
 def test_the_platform_and_the_length_choose():
-    assert attention.Kernel().chosen(64) == "dense"
-    assert attention.Kernel().chosen(1024) == "blocks"
-    assert attention.Kernel("splash").chosen(64) == "splash"
+    assert attention.Placement().chosen(64) == "dense"
+    assert attention.Placement().chosen(1024) == "blocks"
+    assert attention.Placement("splash").chosen(64) == "splash"
     with pytest.raises(ValueError, match="unknown"):
-        attention.Kernel("fast")
+        attention.Placement("fast")

@@ -375,8 +375,8 @@ def test_experts_on_eight_devices_equal_those_on_one():
     params = _random_params(model)
     mesh = meshes.make_mesh(data=1, fsdp=2, tensor=2, context=2)
     row = [np.repeat(x, 8, axis=0) for x in _pack(_sequences([9, 7]), 16)]
-    kernel = attention.Kernel("dense", mesh, meshes.ROWS, ("tensor",), (meshes.CONTEXT,))
-    spread = dataclasses.replace(model, kernel=kernel)
+    place = attention.Placement("dense", mesh, meshes.ROWS, ("tensor",), (meshes.CONTEXT,))
+    spread = dataclasses.replace(model, place=place)
 
     def loss(model):
         def of(params, row):

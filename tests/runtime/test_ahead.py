@@ -63,5 +63,5 @@ def test_lengths_and_shapes_are_those_of_the_batches_that_come(share):
             for a, b in zip(jax.tree.leaves(given), jax.tree.leaves(planned), strict=True)
         )
         found.add(length)
-    assert sorted(found) == ahead.lengths(plan, length_N, shape)
+    assert sorted(found) == ahead.lengths(plan, pairs, shape)
     assert len(found) > 1

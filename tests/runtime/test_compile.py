@@ -187,8 +187,9 @@ def test_attention_is_counted_in_the_blocks_of_the_planned_rows(share):
     shape = steps.shape(length_N, batch_pairs=batch_pairs, rows_multiple=2, unit=64, share=share)
     pair_KB = steps.split(length_N, range(planned.STEPS * 12), shape.every, batch_pairs)
     wanted = []
-    for pair_RS in steps.place(length_N, pair_KB, shape):
-        length = max(shape.row_length, shape.length_of(pair_RS, length_N))
+    placed = steps.place(length_N, pair_KB, shape)
+    for pair_RS, needed in zip(placed, steps.lengths(found, placed, shape), strict=True):
+        length = max(shape.row_length, needed)
         mask_RTT = np.tile(np.eye(length, dtype=bool), (shape.rows, 1, 1))  # padding sees itself
         for r in range(shape.rows):
             at = 0

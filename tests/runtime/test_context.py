@@ -136,12 +136,12 @@ def test_rows_are_planned_so_that_context_divides_them():
 
 def test_a_row_that_does_not_divide_stays_whole():
     mesh = meshes.make_mesh(data=1, context=8)
-    kernel = attention.Kernel("dense", mesh, meshes.ROWS, ("tensor",), (meshes.CONTEXT,))
+    place = attention.Placement("dense", mesh, meshes.ROWS, ("tensor",), (meshes.CONTEXT,))
     keys = jax.random.split(jax.random.key(0), 3)
     q, key, value = (jax.random.normal(k, (1, 12, 4, 8)) for k in keys)
     seen = attention.causal(jnp.ones((1, 12), jnp.int32), jnp.arange(12)[None])
     run = functools.partial(attention.attend, q, key, value, seen, scale=0.3)
-    found = jax.jit(lambda: run(kernel=kernel))()
+    found = jax.jit(lambda: run(place=place))()
     np.testing.assert_allclose(
-        found, run(kernel=dataclasses.replace(kernel, mesh=None)), rtol=1e-5, atol=1e-6
+        found, run(place=dataclasses.replace(place, mesh=None)), rtol=1e-5, atol=1e-6
     )

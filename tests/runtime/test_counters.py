@@ -43,7 +43,7 @@ def test_a_pair_costs_what_its_two_sequences_cost(model, pairs):
 def test_a_step_counts_three_forward_passes_of_its_pairs_and_no_padding(model, pairs):
     flops_N = counters.pair_flops(model, pairs)
     spent = counters.Counters(flops_scoring=7.0)
-    assert spent.count(np.array([1]), flops_N) == 3 * flops_N[1]
+    assert spent.count(1, flops_N[1]) == 3 * flops_N[1]
     assert spent.row(len(pairs)) == {
         "step": 1, "epoch": 0.5, "pairs": 1, "flops": 7.0 + 3 * flops_N[1],
         "flops_scoring": 7.0, "flops_training": 3 * flops_N[1],

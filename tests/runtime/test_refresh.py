@@ -68,6 +68,12 @@ def scorer_of(job, **changes):
     )
 
 
+def flops_of(job, scorer):
+    """Of a pass over each pair by itself."""
+    shared = scorer.passes.shape.share
+    return counters.pair_flops(job["policy"].model, scorer.pairs, shared=shared)
+
+
 def fresh_by_hand(job, params, index):
     """The full statistics of a pass of its own, scored."""
     run = small_run()
@@ -112,7 +118,7 @@ def test_a_part_of_the_pool_is_the_longest_unseen_and_the_rest_is_remembered(job
     np.testing.assert_array_equal(
         found.pairs.likelihood_margin[rest], memory.likelihood_margin[POOL[rest]]
     )
-    assert found.flops == pytest.approx(scorer.flops_N[POOL[now]].sum())
+    assert found.flops == pytest.approx(flops_of(job, scorer)[POOL[now]].sum())
 
 
 def test_the_choice_among_equally_stale_pairs_is_of_the_seed_and_the_round():
@@ -207,15 +213,15 @@ def test_a_cut_pass_has_shorter_rows_and_counts_only_what_it_reads(job):
     cut = scorer_of(job, **{"selection.refresh": 1.0, "selection.scoring_tokens": cap // 2})
     area = [s.passes.shape.row_length * s.passes.shape.rows for s in (cut, whole)]
     assert area[0] < area[1] and cut.passes.shape.row_length < whole.passes.shape.row_length
-    assert (cut.flops_N[~cut.whole_N] < whole.flops_N[~cut.whole_N]).all()
-    np.testing.assert_array_equal(cut.flops_N[cut.whole_N], whole.flops_N[cut.whole_N])
+    less_N, flops_N = flops_of(job, cut), flops_of(job, whole)
+    assert (less_N[~cut.whole_N] < flops_N[~cut.whole_N]).all()
+    np.testing.assert_array_equal(less_N[cut.whole_N], flops_N[cut.whole_N])
     model, pairs = job["policy"].model, job["pairs"]
     by_hand = sum(
         model.forward_flops(n, n * (n + 1) // 2, n - pairs.start_N2[3, side])
         for side, n in enumerate(pairs.lengths_N2[3].tolist())
     )
-    assert whole.flops_N[3] == pytest.approx(by_hand)
-    np.testing.assert_array_equal(whole.flops_N, counters.pair_flops(model, pairs))
+    assert flops_N[3] == pytest.approx(by_hand)
 
 
 # -- runs ----------------------------------------------------------------------------------------
@@ -241,7 +247,7 @@ def test_scoring_is_counted_in_operations_and_in_seconds(job, tmp_path):
     run = small_run(**{"selection.refresh": 0.5, "train.steps": 6})  # a second round of three steps
     trainer, outcome = train(job, tmp_path / "run", run)
     pool, spent = trainer.round.pool_P, outcome.counters
-    at_most = np.sort(trainer.scorer.flops_N[pool])[-24:].sum()
+    at_most = np.sort(flops_of(job, trainer.scorer)[pool])[-24:].sum()
     assert 0 < spent.flops_scoring <= at_most * (1 + 1e-9)
     last = outcome.rows[-2]
     assert last["perf/scoring_fraction"] == pytest.approx(

@@ -1,0 +1,74 @@
+"""Which prompts are computed once, by data.share_prompts: the one place that decides."""
+
+from __future__ import annotations
+
+from sage_jax import config
+from sage_jax.data import encode, steps
+from sage_jax.models import attention, attention_tpu, decoder
+
+LEAST_SHARED = 0.02  # of the tokens that sharing prompts has to save, else it is not done
+
+
+def shares_prompts(run: config.Run, model: decoder.Model, pairs: encode.EncodedPairs) -> bool:
+    """Whether both completions of a pair share one prompt in their row, by data.share_prompts.
+
+    Raises:
+        ValueError: it is "on", and the model or the data do not allow it.
+    """
+    setting = run.data.share_prompts
+    spec = model.spec
+    windows = any(getattr(spec, "windows", ()) or ()) or bool(getattr(spec, "window", 0))
+    splash = attention.Placement(run.model.attention).chosen(2**20) == "splash"
+    if setting in ("pair", "problem") and windows and splash:
+        raise ValueError(
+            f"config.data.share_prompts={setting!r} does not go with this model's sliding windows "
+            f"on a TPU. Use 'auto'."
+        )
+    if setting == "off" or (setting == "auto" and windows) or not pairs.lengths_N2[:, 1].all():
+        return False
+    saved = pairs.common_N.sum() / max(int(pairs.lengths_N2.sum()), 1)
+    return setting != "auto" or bool(saved >= LEAST_SHARED)
+
+
+def problem_shapes(
+    run: config.Run, model: decoder.Model, pairs: encode.EncodedPairs, shape: steps.Shape
+) -> tuple[steps.Shape, steps.Shape]:
+    """The rows of steps and those of passes, by data.share_prompts: alike, unless pairs of one
+    problem lie together in one of them and share their prompt and their completions.
+
+    This alone decides where they do: where it saves anything ("problem") or `LEAST_SHARED` of the
+    tokens ("auto"), and neither the model nor the devices forbid it.
+
+    Args:
+        run: the settings.
+        model: which is on the run's devices.
+        pairs: the data set.
+        shape: of rows in which each pair is by itself, from `row_shape`.
+
+    Raises:
+        ValueError: data.share_prompts is "problem", and the model or the devices do not allow it.
+    """
+    if run.data.share_prompts not in ("auto", "problem") or not shape.share:
+        return shape, shape
+    place, scaling = model.place, model.spec.rope_scaling
+    longest = shape.packed.row_length
+    reasons = {
+        "data.packing=False": not run.data.packing,
+        "mesh.context": place.size(place.context) > 1,
+        "a model whose rotary factors depend on the length of a sequence": (
+            scaling is not None and scaling.kind == "longrope"
+        ),
+        f"rows of {longest} tokens on a TPU": (
+            place.chosen(longest) == "splash" and longest * steps.MOST_KEYS > attention_tpu.LONGEST
+        ),
+    }
+    refused = [reason for reason, holds in reasons.items() if holds]
+    if refused and run.data.share_prompts == "problem":
+        raise ValueError(
+            f"config.data.share_prompts='problem' does not go with {refused[0]}. Use 'auto', which "
+            f"shares a prompt between both answers of a pair alone there."
+        )
+    if refused:
+        return shape, shape
+    least = LEAST_SHARED if run.data.share_prompts == "auto" else 0.0
+    return steps.of_problems(pairs, shape, min(run.train.batch_pairs, len(pairs)), least=least)

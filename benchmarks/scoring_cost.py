@@ -161,7 +161,7 @@ def train_call(job: Job, count: int) -> tuple[Callable[[], Any], float]:
 
     def call():
         for _ in range(count):
-            held[0], seen = train(held[0], None, rows)
+            held[0], seen = train(held[0], None, rows, programs.now(run))
         return held[0], seen
 
     return call, float((plan[0] >= 0).sum() * count)

@@ -74,6 +74,9 @@ def keep_bits(x: jax.Array, name: str) -> jax.Array:
     For a forward pass that has its own backward pass, on a CPU. XLA has no bfloat16 stores there:
     it widens the array of all layers to float32, as a whole, whenever one layer is put into it.
     Of whole numbers it writes the layer alone.
+
+    >>> keep_bits(jnp.bfloat16([0.5, -2.0]), "kept").tolist()
+    [0.5, -2.0]
     """
     if x.dtype != jnp.bfloat16:
         return checkpoint_name(x, name)
@@ -81,12 +84,20 @@ def keep_bits(x: jax.Array, name: str) -> jax.Array:
 
 
 def to_bits(x: jax.Array) -> jax.Array:
-    """The bits of bfloat16 numbers, uint16; other numbers as they are."""
+    """The bits of bfloat16 numbers, uint16; other numbers as they are.
+
+    >>> to_bits(jnp.bfloat16([1.0])).tolist(), to_bits(jnp.float32([1.0])).tolist()
+    ([16256], [1.0])
+    """
     return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
 
 
 def from_bits(x: jax.Array, dtype: Any) -> jax.Array:
-    """What `to_bits` had."""
+    """What `to_bits` had.
+
+    >>> from_bits(to_bits(jnp.bfloat16([0.5])), jnp.bfloat16).tolist()
+    [0.5]
+    """
     return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
 
 

@@ -46,7 +46,7 @@ def train_step(
     ) or run.selection.guard != "off"
     weigh = None
     if run.selection.soft:
-        weigh = lambda pairs, weight, tau=run.selection.soft: selection.soft_weights(  # noqa: E731
+        weigh = lambda pairs, weight, tau=max(run.selection.soft, 0.0): selection.soft_weights(  # noqa: E731
             pairs.score, tau, weight
         )
     placed = state.state_shardings(run, tx, policy.params, mesh)
@@ -71,7 +71,7 @@ def train_step(
     )
 
 
-def now(run: config.Run, *, nll_weight: Any = None, soft: Any = None) -> step.Now:
+def now(run: config.Run, *, nll_weight: Any = 0.0, soft: Any = 0.0) -> step.Now:
     """What of a step may change in this run; the rest is constant in its program."""
     return step.Now(
         nll_weight if run.loss.nll_auto else None, soft if run.selection.soft == -1 else None

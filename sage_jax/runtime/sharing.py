@@ -13,7 +13,7 @@ def shares_prompts(run: config.Run, model: decoder.Model, pairs: encode.EncodedP
     """Whether both completions of a pair share one prompt in their row, by data.share_prompts.
 
     Raises:
-        ValueError: it is "on", and the model or the data do not allow it.
+        ValueError: it is "pair" or "problem", and the model does not allow it.
     """
     setting = run.data.share_prompts
     spec = model.spec

@@ -68,7 +68,7 @@ def train(kernel: str, **sizes: int):
     data = meshes.put(rows(), mesh)
     losses, scores = [], []
     for _ in range(STEPS):
-        now, out = step(now, None, data)
+        now, out = step(now, None, data, programs.now(run))
         losses.append(float(out.metrics["loss"]))
         scores.append(np.asarray(out.pairs.score))
     light = programs.stats_step(policy, mesh, light=True)(params, None, data)

@@ -224,6 +224,8 @@ def test_plain_dpo_has_no_guard_unless_it_is_asked_for():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sage", "uniform"])
 def test_a_guarded_run_goes_on_bit_for_bit(job, tmp_path, monkeypatch, name):
+    for bound in ("IGNORANT", "IGNORANT_SUREST"):  # margins count, whatever the policy knows
+        monkeypatch.setattr(noise, bound, 2.0)
     monkeypatch.setattr(noise, "LIKELY", 0.2)  # ten steps say little: accuse early,
     monkeypatch.setattr(  # and hold something else after each look
         noise.Held,

@@ -44,11 +44,11 @@ def train_step(
     uses_scores = (
         config.needs_scores(run) or run.curriculum.sharpness > 0 or run.selection.soft != 0
     ) or run.selection.guard != "off"
-    weigh = None
-    if run.selection.soft:
-        weigh = lambda pairs, weight, tau=max(run.selection.soft, 0.0): selection.soft_weights(  # noqa: E731
-            pairs.score, tau, weight
-        )
+    constant = max(run.selection.soft, 0.0)  # -1: each round's, in `step.Now`
+
+    def weigh(pairs, weight, tau=constant):
+        return selection.soft_weights(pairs.score, tau, weight)
+
     placed = state.state_shardings(run, tx, policy.params, mesh)
     router_aux = setup.router_aux(run, policy.model)
     train = step.make_train_step(
@@ -56,7 +56,7 @@ def train_step(
         loss,
         tx,
         score_fn=score_fn if uses_scores else None,
-        weight_fn=weigh,
+        weight_fn=weigh if run.selection.soft else None,
         nll_weight=run.loss.nll_weight,
         token_weighted=run.loss.name == "sft",
         accumulate=run.train.accumulate,

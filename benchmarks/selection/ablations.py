@@ -63,6 +63,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = lab.arguments(__doc__.split("\n")[0], "ablations.json")
     parser.set_defaults(seeds="100,101,102")
     parser.add_argument("--groups", default=",".join(GROUPS))
+    parser.add_argument("--variants", default="", help="of these groups, by comma; all by default")
     parser.add_argument("--chosen", default="policy", help="policy, or exact chosen answers")
     parser.add_argument("--flips", type=float, default=0.0, help="share of flipped labels")
     parser.add_argument("--rate", default="sage", help="whose learning rate the variants take")
@@ -77,7 +78,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def jobs_of(args: argparse.Namespace) -> tuple[dict[str, dict[str, Any]], dict[tuple, lab.Job]]:
     """The variants, and (task, seed, variant) -> job."""
     variants = {"uniform": small.METHODS["uniform"], "default": small.METHODS["sage"]}
-    variants |= {f"{g}/{n}": s for g in args.groups for n, s in GROUPS[g].items()}
+    wanted = args.variants.split(",") if args.variants else []
+    variants |= {
+        f"{g}/{n}": s
+        for g in args.groups
+        for n, s in GROUPS[g].items()
+        if not wanted or n in wanted
+    }
 
     def job(task: str, seed: int, name: str) -> lab.Job:
         rate = args.rates[task]["uniform" if name == "uniform" else args.rate]

@@ -211,9 +211,8 @@ def _backward(settings, residuals, slopes):
     chunk = settings.chunk
     if settings.keep:
         chunks = length // chunk
-        most = (
-            min(4, max(1, chunks // 4)) if settings.cpu else 4
-        )  # the last one is half for nothing
+        # On a CPU fewer, as the last one is half for nothing.
+        most = min(4, max(1, chunks // 4)) if settings.cpu else 4
         chunk *= max(n for n in range(1, most + 1) if chunks % n == 0)
 
     def one(i, carry):

@@ -139,9 +139,8 @@ def of_problems(
     if shape.slots < 2 or problems == len(some) or problems > (1 - least) * len(some):
         return shape, shape
     free = groups.items(pairs, some, row_length=shape.row_length, slots=2**30, keys=MOST_KEYS)
-    keys = (
-        float(np.ceil(64 * max(item.keys / item.tokens for item in free))) / 64
-    )  # exact in binary
+    most = max(item.keys / item.tokens for item in free)
+    keys = float(np.ceil(64 * most)) / 64  # exact in binary
     dense = max(len(item.pairs) / item.tokens for item in free)
     slots = min(max(shape.slots, int(np.ceil(shape.row_length * dense))), 4 * shape.slots)
     passes = shape._replace(keys=keys, slots=slots)

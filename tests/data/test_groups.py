@@ -1,5 +1,6 @@
 """Pairs of one problem in one row: nothing lost, everything once, what each token sees."""
 
+import laid_out
 import numpy as np
 import pytest
 
@@ -78,15 +79,7 @@ def test_a_completion_sees_its_prompt_and_itself_and_nothing_else(seed):
             own = np.flatnonzero((rows.segment_RT[r] == number + 1) & rows.completion_RT[r])
             t = own[rows.position_RT[r, own].argmax()]  # the last token
             seen = told.key_RX[r, told.first_RT[r, t] : told.last_RT[r, t] + 1]
-            in_order = seen[np.argsort(rows.position_RT[r, seen])]
-            np.testing.assert_array_equal(rows.tokens_RT[r, in_order], ids)
-            np.testing.assert_array_equal(rows.position_RT[r, in_order], np.arange(len(ids)))
-            np.testing.assert_array_equal(
-                rows.completion_RT[r, in_order], np.arange(len(ids)) >= start
-            )
-            np.testing.assert_array_equal(
-                told.source_RT[r, in_order[start:]], in_order[start - 1 : -1]
-            )
+            in_order = laid_out.check_sequence(rows, r, seen, ids, start)
             # Every token of it sees those before it, and itself.
             for n, t in enumerate(in_order):
                 seen = told.key_RX[r, told.first_RT[r, t] : told.last_RT[r, t] + 1]

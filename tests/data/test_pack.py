@@ -3,6 +3,7 @@
 import time
 
 import hypothesis
+import laid_out
 import numpy as np
 import pytest
 from hypothesis import strategies as st
@@ -190,15 +191,7 @@ def test_shared_rows_hold_both_sequences_around_one_prompt():
                 )
                 t = last[rows.position_RT[r, last].argmax()]  # the sequence's last token
                 seen = np.arange(rows.shared.first_RT[r, t], rows.shared.last_RT[r, t] + 1)
-                in_order = seen[np.argsort(rows.position_RT[r, seen])]
-                np.testing.assert_array_equal(rows.tokens_RT[r, in_order], ids)
-                np.testing.assert_array_equal(rows.position_RT[r, in_order], np.arange(len(ids)))
-                np.testing.assert_array_equal(
-                    rows.completion_RT[r, in_order], np.arange(len(ids)) >= start
-                )
-                np.testing.assert_array_equal(
-                    rows.shared.source_RT[r, in_order[start:]], in_order[start - 1 : -1]
-                )
+                laid_out.check_sequence(rows, r, seen, ids, start)
     with pytest.raises(ValueError, match="with or without shared prompts"):
         pack.collate(pairs, np.arange(12)[None], 40, share=True)
 

@@ -20,6 +20,7 @@ class Work(NamedTuple):
     tokens: np.ndarray  # that go through the layers
     attended: np.ndarray  # query-key pairs
     head: np.ndarray  # tokens that go through the head
+    keys: np.ndarray  # with copies of those of shared prompts
 
 
 def work(encoded: encode.EncodedPairs, pair: np.ndarray, *, grouped: bool) -> Work:
@@ -52,6 +53,7 @@ def work(encoded: encode.EncodedPairs, pair: np.ndarray, *, grouped: bool) -> Wo
     prompt_P = encoded.common_N[pair_P].astype(np.float64)
     own_Q = (all_P2 - prompt_P[:, None]).ravel()[once]
     prompt_Q, row_Q = np.repeat(prompt_P, 2)[once], np.repeat(row_P, 2)[once]
+    copies_P = (np.bincount(np.repeat(group_P, 2)[once])[group_P] + 1) // 2
 
     def over_rows(of_prompts: np.ndarray, of_answers: np.ndarray) -> np.ndarray:
         size = len(pair_MS)
@@ -62,6 +64,7 @@ def work(encoded: encode.EncodedPairs, pair: np.ndarray, *, grouped: bool) -> Wo
         over_rows(prompt_P, own_Q),
         over_rows(prompt_P * (prompt_P + 1) / 2, own_Q * prompt_Q + own_Q * (own_Q + 1) / 2),
         over_rows(np.zeros(len(pair_P)), (all_P2 - start_P2).ravel()[once].astype(np.float64)),
+        over_rows(copies_P * prompt_P, own_Q),
     )
 
 

@@ -104,6 +104,18 @@ def tokens(pairs: encode.EncodedPairs, pair_KRS: np.ndarray, shape: Shape) -> np
     return np.where(pair_KRS >= 0, pairs.row_lengths(shape.share)[pair_KRS], 0).sum(axis=2)
 
 
+def needed(pairs: encode.EncodedPairs, pair_KRS: np.ndarray, shape: Shape) -> np.ndarray:
+    """Length that each row of a plan has to have, int64 [K, R]; arguments as in `lengths`.
+
+    Parts that the plan made of one problem may lie side by side. Together they have fewer tokens
+    than by themselves, but hardly fewer keys.
+    """
+    if not shape.keys:
+        return tokens(pairs, pair_KRS, shape)
+    found = groups.work(pairs, pair_KRS, grouped=True)
+    return np.ceil(np.maximum(found.tokens, found.keys / shape.keys)).astype(np.int64)
+
+
 def lengths(pairs: encode.EncodedPairs, pair_KRS: np.ndarray, shape: Shape) -> np.ndarray:
     """Length of the rows of each batch of a plan, int64 [K].
 
@@ -113,7 +125,7 @@ def lengths(pairs: encode.EncodedPairs, pair_KRS: np.ndarray, shape: Shape) -> n
         that every process comes to the same lengths.
       shape: of the rows.
     """
-    most_K = tokens(pairs, pair_KRS, shape).max(axis=1)
+    most_K = needed(pairs, pair_KRS, shape).max(axis=1)
     sizes = sorted({*shape.sizes, shape.packed.row_length})
     return np.array(sizes)[np.minimum(np.searchsorted(sizes, most_K), len(sizes) - 1)]
 
@@ -149,7 +161,7 @@ def of_problems(
         passes = shape
     grouped = shape._replace(keys=keys)
     long, short = (
-        int(tokens(pairs, drawn(pairs, one, batch_pairs), one).max()) for one in (shape, grouped)
+        int(needed(pairs, drawn(pairs, one, batch_pairs), one).max()) for one in (shape, grouped)
     )
     short = pack.round_up(short, pack.grain(short))
     most = min(long, shape.row_length)

@@ -76,8 +76,8 @@ def attend(
         queries=min(settings.queries, length), keys=min(settings.keys, key_NMGE.shape[1])
     )
     fill = -length % (settings.queries * settings.streams)
-    # A filled query sees key 0 alone, so that no softmax is empty; its output is cut off.
-    first, last, position = (jnp.pad(x, ((0, 0), (0, fill))) for x in visible[:3])
+    # A filled query repeats the last one: then its block sees no more keys. Its output is cut off.
+    first, last, position = (jnp.pad(x, ((0, 0), (0, fill)), mode="edge") for x in visible[:3])
     ranges = _ranges(first, last, position, settings, heads // groups)
     q_INGQE = _to_blocks(jnp.pad(q_NMHE, ((0, 0), (0, fill), (0, 0), (0, 0))), groups, settings)
     key, value = (x.transpose(0, 2, 1, 3) for x in (key_NMGE, value_NMGE))

@@ -128,17 +128,21 @@ def _padded(
     q: Any, key: Any, value: Any, first: Any, last: Any, position: Any, key_position: Any,
     *, settings: Settings,
 ) -> jax.Array:  # fmt: skip
-    """Fills up to whole blocks; a filled query sees key 0 alone, and its output is cut off."""
+    """Fills up to whole blocks; filled queries repeat the last one, and their output is cut off.
+
+    So their block sees no more keys, and no block of keys is seen by more queries than these.
+    """
     length, width = q.shape[1], q.shape[3]
     whole = math.lcm(settings.queries, settings.keys)
     wider = pl.next_power_of_2(max(width, 16)) - width
 
-    def filled(x: jax.Array) -> jax.Array:
+    def filled(x: jax.Array, mode: str = "constant") -> jax.Array:
         rest = ((0, 0), (0, wider)) if x.ndim == 4 else ()
-        return jnp.pad(x, ((0, 0), (0, -x.shape[1] % whole), *rest))
+        return jnp.pad(x, ((0, 0), (0, -x.shape[1] % whole), *rest), mode=mode)
 
-    given = map(filled, (q, key, value, first, last, position, key_position))
-    return _attend(*given, settings)[:, :length, :, :width]
+    arrays = map(filled, (q, key, value))
+    ranges = (filled(x, "edge") for x in (first, last, position))
+    return _attend(*arrays, *ranges, filled(key_position), settings)[:, :length, :, :width]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7,))

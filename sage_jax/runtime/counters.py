@@ -139,7 +139,7 @@ def flops(
             flops_N = pair_flops(model, pairs, shared=shape.share)
         return float(flops_N[pair_KRS[pair_KRS >= 0]].sum())
     found = groups.work(pairs, pair_KRS, grouped=True)
-    return model.forward_flops(*(int(x.sum()) for x in found))
+    return model.forward_flops(*(int(x.sum()) for x in (found.tokens, found.attended, found.head)))
 
 
 def step_flops(

@@ -132,6 +132,29 @@ def test_steps_train_the_pairs_that_they_would_train_each_by_itself(rows_multipl
     ).pair_RS.tolist() == together[0].tolist()  # fmt: skip
 
 
+def test_parts_of_one_problem_that_meet_in_a_row_have_room_for_their_keys():
+    rng, rows = np.random.default_rng(0), []
+    draw = lambda size: rng.integers(1, 50, size).tolist()  # noqa: E731
+    for _ in range(4):  # so many short answers to a long prompt that they come in several parts
+        prompt, answers = draw(200), [draw(2) for _ in range(30)]
+        two = [rng.choice(30, 2, replace=False) for _ in range(60)]
+        rows += [{"prompt_ids": prompt, "chosen_ids": answers[a], "rejected_ids": answers[b]}
+                 for a, b in two]  # fmt: skip
+    pairs = encode.encode(records.read(rows), None, max_length=300)
+    lengths = pairs.row_lengths(True)
+    alone = steps.shape(lengths, batch_pairs=64, share=True, long=True)
+    of_step, of_pass = steps.of_problems(pairs, alone, 64, least=0.02)
+    order = rng.permutation(len(pairs))
+    in_steps = steps.place(lengths, steps.split(lengths, order, alone.every, 64), of_step, pairs)
+    for one, plan in ((of_step, in_steps), (of_pass, steps.plan_pass(pairs, order, of_pass))):
+        work = groups.work(pairs, plan, grouped=True)
+        for k, length in enumerate(steps.lengths(pairs, plan, one).tolist()):
+            keys = one.keys_of(length)
+            told = pack.collate(pairs, plan[k], length, share=True, keys=keys).shared
+            tokens = int(work.tokens[k, 0])
+            assert work.keys[k, 0] == told.last_RT[0, :tokens].max() + 1 <= keys
+
+
 def test_few_problems_that_meet_are_left_by_themselves():
     pairs = make_problems(1, problems=40, most=2)  # a pair each
     shape = steps.shape(pairs.row_lengths(True), batch_pairs=8, share=True, long=True)

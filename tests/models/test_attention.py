@@ -242,6 +242,20 @@ def test_splash_does_not_touch_blocks_that_no_query_of_a_block_sees():
         assert bad[theirs].all() or x is gradients[2]  # values are no part of their own gradient
 
 
+@pytest.mark.parametrize("name", ["blocks", "triton"])
+def test_what_fills_up_a_row_sees_no_more_blocks_than_its_last_token(name):
+    (q, key, value), slope = inputs()
+    value = value.at[0, :64].set(jnp.nan)  # which is in the sum of every block that is read
+    slope = slope.at[1, 192:].set(jnp.nan)
+    if name == "triton":  # of which rows lie side by side
+        value = value.at[1, :64].set(jnp.nan)
+    found = with_gradients(KERNELS[name], visible("segments"), [q, key, value], slope)
+    assert np.isfinite(found[0][1, 192:]).all()
+    assert np.isnan(found[0][0, :64]).any()
+    assert np.isfinite(found[3][1, :64]).all()  # no query sees both ends of the row
+    assert np.isnan(found[3][1, 192:]).any()
+
+
 def test_the_platform_and_the_length_choose():
     assert attention.Placement().chosen(64) == "dense"
     assert attention.Placement().chosen(1024) == "blocks"

@@ -85,6 +85,21 @@ class Placement:
         platform = self.mesh.devices.flat[0].platform
         return "gpu" if platform in ("cuda", "rocm") else platform
 
+    def check(self) -> None:
+        """Raises ValueError where the kernel is for other devices, or for rows that are whole."""
+        needed = {"splash": "tpu", "triton": "gpu"}.get(self.name, self.platform)
+        if needed != self.platform and not self.interpret:
+            raise ValueError(
+                f"model.attention={self.name!r} is a kernel for {needed.upper()}s, and these "
+                f"are of the kind {self.platform!r}. Use 'auto', or 'blocks', which runs anywhere."
+            )
+        if self.name in ("triton", "tokamax") and self.size(self.context) > 1:
+            raise ValueError(
+                f"model.attention={self.name!r} takes whole rows, and mesh.context="
+                f"{self.size(self.context)} splits them. Use model.attention='blocks', or "
+                f"mesh.context=1."
+            )
+
     def size(self, axes: tuple[str, ...]) -> int:
         """Devices along some axes of the mesh."""
         return 1 if self.mesh is None else math.prod(self.mesh.shape[axis] for axis in axes)
@@ -189,6 +204,7 @@ def attend(
 
         # Each device by itself: left to the compiler, all would share the longest of their loops.
         return attention_spread.attend(*given, place=place, part=part)
+    place.check()
     if name == "splash":
         from sage_jax.models import attention_tpu
 

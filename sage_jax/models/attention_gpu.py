@@ -58,12 +58,6 @@ def attend(
       ValueError: tokamax with a window in rows with shared prompts, or a missing package.
     """
     rows, length, heads, width = q_RTHE.shape
-    if place.size(place.context) > 1:
-        raise ValueError(
-            f"attention={place.name!r} takes whole rows, and mesh.context="
-            f"{place.size(place.context)} splits them. Use model.attention='blocks', or "
-            f"mesh.context=1."
-        )
     if tokamax:
         local = functools.partial(
             _tokamax, scale=scale, window=window, softcap=softcap,

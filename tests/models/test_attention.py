@@ -124,6 +124,13 @@ def test_gpu_kernels_refuse_rows_that_are_not_whole():
         with_gradients(place, visible("segments"), arrays, slope)
 
 
+@pytest.mark.parametrize(("name", "needed"), [("splash", "TPUs"), ("triton", "GPUs")])
+def test_kernels_for_other_devices_are_refused(name, needed):
+    arrays, slope = inputs()
+    with pytest.raises(ValueError, match=f"{name!r} is a kernel for {needed}, .* kind 'cpu'"):
+        with_gradients(attention.Placement(name), visible("segments"), arrays, slope)
+
+
 def check_over_eight_devices(name, sizes, *, layout="shared", length=LENGTH, rows=8, **options):
     mesh = Mesh(
         np.array(jax.devices()).reshape(tuple(sizes.values())),

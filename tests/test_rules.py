@@ -288,3 +288,10 @@ def test_wrong_priorities_and_column_uses_are_named():
         rules.ranked(rules.Rule(lambda c, _: np.zeros(2)), known(np.zeros(3)), rng())
     with pytest.raises(ValueError, match="column='maybe'"):
         rules.Rule(lowest_pair, column="maybe")
+
+
+@pytest.mark.parametrize("name", ["rho", "dual_margin"])
+def test_a_rule_that_reads_a_column_says_so_where_there_is_none(name):
+    known = rules.candidates(None, curriculum.init_memory(2))
+    with pytest.raises(ValueError, match="column_P is None"):
+        rules.ranked(rules.RULES[name], known, np.random.default_rng(0))

@@ -78,14 +78,13 @@ def sums() -> list[dict]:
     import jax.numpy as jnp
     from jax.sharding import NamedSharding, PartitionSpec
 
-    from sage_jax.runtime import compile as compiler
-    from sage_jax.runtime import hlo
+    from sage_jax.runtime import hlo, targets
     from sage_jax.runtime import mesh as meshes
 
     found = []
     for topology, chips, over in SLICES:
         mesh = meshes.make_mesh(
-            data=chips // over, fsdp=over, devices=compiler.target(topology).devices
+            data=chips // over, fsdp=over, devices=targets.target(topology).devices
         )
         rows, weight = PartitionSpec(meshes.ROWS), PartitionSpec("fsdp")
 

@@ -62,9 +62,7 @@ class Job(NamedTuple):
 
 def make_job(run: config.Run, policy: setup.Policy, pairs: encode.EncodedPairs) -> Job:
     run, mesh = config.settle_data(run, pairs.columns), meshes.make_mesh()
-    share = sharing.shares_prompts(run, policy.model, pairs)
-    shape = setup.row_shape(run, pairs.row_lengths(share), mesh, share=share)
-    shapes = sharing.problem_shapes(run, policy.model, pairs, shape)
+    shapes = sharing.shapes(run, policy.model, mesh, pairs)
     passes = forward.Passes(policy, mesh, *shapes)
     return Job(
         run, policy, passes, pairs, passes.stats(policy.params, pairs, np.arange(len(pairs)))

@@ -64,9 +64,7 @@ def shapes_of(
 ) -> tuple[steps.Shape, steps.Shape]:
     """Of steps and of passes, as a run has them."""
     run = config.replace(run, **{"data.share_prompts": setting})
-    share = sharing.shares_prompts(run, policy.model, pairs)
-    shape = setup.row_shape(run, pairs.row_lengths(share), policy.mesh, share=share)
-    return sharing.problem_shapes(run, policy.model, pairs, shape)
+    return sharing.shapes(run, policy.model, policy.mesh, pairs)
 
 
 def tokens(run: config.Run, policy: setup.Policy, pairs: encode.EncodedPairs) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", choices=tuple(CONFIGS), default="smollm2_135m")
     parser.add_argument("--dtype", default="", help="ours; '' = float32 on a CPU, else bfloat16")
     parser.add_argument("--trl", default="float32:1,float32:8,bfloat16:1,bfloat16:8")
-    parser.add_argument("--steps", type=int, default=2, help="steps of a turn")
+    parser.add_argument("--steps", type=int, default=0, help="of a turn; 0: all pairs once")
     parser.add_argument("--repeats", type=int, default=5, help="turns that count")
     parser.add_argument("--apart", action="store_true", help="not in turns: where memory is short")
     parser.add_argument("--checkpointing", action="store_true", help="TRL recomputes activations")
@@ -70,7 +70,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sizes", type=int, default=4, help="row lengths that ours compiles")
     parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
     parser.add_argument("--out", default="")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.steps = args.steps or args.pairs // args.batch_pairs
+    return args
 
 
 # ------------------------------------------------------------------------------------ trainers

@@ -10,10 +10,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -36,15 +35,16 @@ from sage_jax.models import (
 )
 from sage_jax.runtime import (
     ahead,
-    chips,
     compile_report,
     counters,
+    fit,
     forward,
     hlo,
     planned,
     programs,
     setup,
     state,
+    targets,
 )  # fmt: skip
 from sage_jax.runtime import mesh as meshes
 
@@ -53,92 +53,7 @@ MARGIN = 0.05  # of the usable memory that has to stay free: fragmentation, the 
 _ALLOCATED = re.compile(r"required for [^(]*\(([\d.]+)([KMGT]?)\)|Used ([\d.]+)([KMGT]?)B? of")
 
 
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """The machine to compile for."""
-
-    name: str
-    devices: Sequence[Any]
-    chip: chips.Chip | None  # None: virtual CPU devices, which have no data sheet
-    coordinates: tuple[tuple[int, ...], ...]  # of each device, in the order of `devices`
-    extent: tuple[int, ...]
-
-    @property
-    def usable_bytes(self) -> float:
-        """Main memory of a device that a program may use; CPU devices share that of the host."""
-        if self.chip is not None:
-            return self.chip.usable_bytes
-        pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-        return pages * size / len(self.devices)
-
-
-def target(name: str) -> Target:
-    """The devices of a topology.
-
-    Args:
-        name: "v5e:16x16", "v5p:4x4x4", "v6e:8x8", "v4:2x2x2", "tpu7x:2x2x1" or "cpu:8" (virtual
-            devices). Before anything else in the process touches JAX's devices.
-
-    Raises:
-        ValueError: a name that is none of these, or a topology that the TPU compiler refuses.
-        ImportError: no libtpu.
-    """
-    kind, _, size = name.partition(":")
-    if kind not in (*chips.TPUS, "cpu") or not re.fullmatch(r"\d+(x\d+)*", size):
-        raise ValueError(
-            f"--topology={name} is not a topology. Write the kind of chip ("
-            f"{', '.join((*chips.TPUS, 'cpu'))}), a colon and its size: v5e:16x16, v5p:4x4x4, "
-            f"cpu:8."
-        )
-    if kind == "cpu":
-        return _cpu_target(name, math.prod(int(n) for n in size.split("x")))
-    os.environ |= {  # libtpu would ask the metadata server of a cloud machine
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # its lock is for TPUs, and none is used
-    }
-    jax.config.update("jax_platforms", "cpu")
-    from jax.experimental import topologies
-
-    try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=name)
-    except Exception as e:
-        if importable("libtpu"):
-            said = (str(e).splitlines() or [""])[0]
-            raise ValueError(f"--topology={name}: libtpu refuses it: {said}") from e
-        raise ImportError(
-            f"--topology={name} needs the TPU compiler: pip install 'sage_jax[tpu]', or pip "
-            f"install libtpu. No TPU is needed."
-        ) from e
-    devices: list[Any] = list(found.devices)
-    places = tuple(tuple(int(n) for n in d.coords) for d in devices)
-    extent = tuple(max(c[axis] for c in places) + 1 for axis in range(len(places[0])))
-    return Target(name, devices, chips.TPUS[kind], places, extent)
-
-
-def importable(package: str) -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec(package) is not None
-
-
-def _cpu_target(name: str, count: int) -> Target:
-    jax.config.update("jax_platforms", "cpu")
-    try:
-        jax.config.update("jax_num_cpu_devices", count)
-    except RuntimeError:  # the process has its devices already: then there are enough, or not
-        pass
-    devices = jax.devices("cpu")[:count]
-    if len(devices) < count:
-        raise ValueError(
-            f"--topology={name}: this process has {len(devices)} CPU devices already. Run the "
-            f"command in a process of its own."
-        )
-    return Target(name, devices, None, tuple((i,) for i in range(count)), (count,))
-
-
-def make_mesh(run: config.Run, machine: Target) -> jax.sharding.Mesh:
+def make_mesh(run: config.Run, machine: targets.Target) -> jax.sharding.Mesh:
     """The mesh of the settings on the devices of a topology."""
     return meshes.make_mesh(**dataclasses.asdict(run.mesh), devices=machine.devices)
 
@@ -382,7 +297,7 @@ def device_bytes(tree: Any) -> float:
     )
 
 
-def compile_step(lowered: Lowered, machine: Target) -> compile_report.StepReport:
+def compile_step(lowered: Lowered, machine: targets.Target) -> compile_report.StepReport:
     """Compiles a step and reads what came out."""
     start = time.perf_counter()
     try:
@@ -428,56 +343,40 @@ def out_of_memory(said: str) -> float | None:
 
 
 def largest(
-    name: str, run: config.Run, mesh: jax.sharding.Mesh, machine: Target,
+    name: str, run: config.Run, mesh: jax.sharding.Mesh, machine: targets.Target,
     known: compile_report.StepReport, pairs: planned.Pairs | None = None,
 ) -> tuple[int, int]:  # fmt: skip
     """The most pairs a step that fit the machine, and how many compilations it took to know.
 
-    Memory grows by the same bytes with every row of a device, so two programs give the line, and
-    one more compilation confirms what it says.
+    Raises:
+        jax.errors.JaxRuntimeError: the compiler fails on a batch of another size.
     """
-    unit = meshes.row_multiple(mesh) * run.train.accumulate
-    if name == "sample":
-        unit = meshes.row_multiple(mesh)
-    size = {"sample": "eval.batch"}.get(name, "train.batch_pairs")
-    limit = machine.usable_bytes * (1 - MARGIN)
+    unit = meshes.row_multiple(mesh)
+    if name != "sample":
+        unit *= run.train.accumulate
+    size = "eval.batch" if name == "sample" else "train.batch_pairs"
 
-    @functools.cache
-    def used(units: int) -> float:
+    def bytes_of(units: int) -> float:
         run_ = config.replace(run, **{size: units * unit})
-        if "pool_size" not in size:  # the pool follows, so that its check stays out of the way
+        if name != "sample":  # the pool follows, so that its check stays out of the way
             run_ = config.replace(run_, **{"curriculum.pool_size": 0})
         return compile_step(make_step(name, run_, mesh, pairs), machine).total_bytes
 
-    now = max(1, round((run.eval.batch if name == "sample" else run.train.batch_pairs) / unit))
-    points = {now: known.total_bytes} if math.isfinite(known.total_bytes) else {}
-    if 1 not in points:
-        points[1] = used(1)
-    elif now == 1:
-        points[2] = used(2)
-    if points[1] > limit:
-        return 0, used.cache_info().misses
-    low, high = min(points), max(points)
-    slope = max((points[high] - points[low]) / (high - low), 1.0) if high > low else 1.0
-    guess = max(1, int((limit - points[low]) / slope) + low)
-    best = max(n for n, b in points.items() if b <= limit)
-    for _ in range(3):
-        if guess <= best:
-            break
-        points[guess] = used(guess)
-        if points[guess] <= limit:
-            best = guess
-            break
-        over = points[guess] - limit
-        guess = max(best, guess - max(1, math.ceil(over / slope)))
-    return best * unit, used.cache_info().misses
+    now = run.eval.batch if name == "sample" else run.train.batch_pairs
+    units, tried = fit.largest(
+        bytes_of,
+        machine.usable_bytes * (1 - MARGIN),
+        now=max(1, round(now / unit)),
+        bytes_now=known.total_bytes,
+    )
+    return units * unit, tried
 
 
 def _with_largest(
     report: compile_report.StepReport,
     run: config.Run,
     mesh: jax.sharding.Mesh,
-    machine: Target,
+    machine: targets.Target,
     pairs: planned.Pairs,
 ) -> compile_report.StepReport:
     """A step's report with the largest batch that fits, or with why it is not known."""
@@ -505,7 +404,7 @@ def run_mode(
 
     Args:
         run: the settings.
-        topology: see `target`.
+        topology: see `targets.target`.
         steps: which of `STEPS`, joined by commas; "" = train, score and sample.
         search: also find the largest batch that fits.
         as_json: print JSON instead of tables.
@@ -526,7 +425,7 @@ def run_mode(
         length_sigma=length_sigma,
         prompt_share=prompt_share,
     )
-    machine = target(topology)
+    machine = targets.target(topology)
     mesh = make_mesh(run, machine)
     reports = []
     for name in names:

@@ -19,7 +19,7 @@ import jax
 
 from sage_jax import config
 from sage_jax.report import progress
-from sage_jax.runtime import chips, hlo
+from sage_jax.runtime import chips, hlo, targets
 from sage_jax.runtime import mesh as meshes
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ class StepReport:
 
 def read(
     lowered: compiler.Lowered,
-    machine: compiler.Target,
+    machine: targets.Target,
     *,
     seconds: float,
     memory: Any,
@@ -243,7 +243,7 @@ def _rows(lowered: compiler.Lowered) -> dict[str, Any]:
 
 
 def too_large(
-    lowered: compiler.Lowered, machine: compiler.Target, used: float, seconds: float, margin: float
+    lowered: compiler.Lowered, machine: targets.Target, used: float, seconds: float, margin: float
 ) -> StepReport:
     """The report of a program that the compiler refused for its size."""
     return StepReport(
@@ -253,7 +253,7 @@ def too_large(
     )  # fmt: skip
 
 
-def collective_seconds(one: hlo.Collective, machine: compiler.Target) -> float:
+def collective_seconds(one: hlo.Collective, machine: targets.Target) -> float:
     """The least time of a collective, in all its repetitions, over links that nobody else uses."""
     if machine.chip is None or one.groups < 2 or not one.total_bytes:
         return 0.0
@@ -308,7 +308,7 @@ def changes(report: StepReport, run: config.Run, mesh: jax.sharding.Mesh) -> tup
 
 def show(
     run: config.Run,
-    machine: compiler.Target,
+    machine: targets.Target,
     mesh: jax.sharding.Mesh,
     reports: Sequence[StepReport],
     said: str,
@@ -374,7 +374,7 @@ def _why(report: StepReport) -> str:
 
 def as_dict(
     run: config.Run,
-    machine: compiler.Target,
+    machine: targets.Target,
     mesh: jax.sharding.Mesh,
     reports: Sequence[StepReport],
     said: str,

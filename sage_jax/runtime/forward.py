@@ -195,9 +195,9 @@ class Scorer:
         self._sizes: set[int] = set()  # of passes whose scores have been compiled
         if run.selection.scoring_tokens:
             self.pairs = setup.first_tokens(pairs, run.selection.scoring_tokens)
-            share = passes.shape.share
-            shape = setup.row_shape(run, self.pairs.row_lengths(share), passes.mesh, share=share)
-            shapes = sharing.problem_shapes(run, policy.model, self.pairs, shape)
+            shapes = sharing.shapes(
+                run, policy.model, passes.mesh, self.pairs, share=passes.shape.share
+            )
             self.passes = Passes(policy, passes.mesh, *shapes)
         self.whole_N = (self.pairs.lengths_N2 == pairs.lengths_N2).all(axis=1)
 

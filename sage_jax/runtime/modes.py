@@ -102,11 +102,7 @@ def eval(run: config.Run, workdir: pathlib.Path | None) -> int:
     other = passes = None
     if pairs is not None:
         other = setup.load_reference(run, policy, mesh)
-        share = sharing.shares_prompts(run, policy.model, pairs)
-        shape = setup.row_shape(run, pairs.row_lengths(share), mesh, share=share)
-        passes = forward.Passes(
-            policy, mesh, *sharing.problem_shapes(run, policy.model, pairs, shape)
-        )
+        passes = forward.Passes(policy, mesh, *sharing.shapes(run, policy.model, mesh, pairs))
     evaluator = evaluation.Evaluator(run, policy, held, passes, pairs, other)
     row = evaluator(policy.params)
     _print_evaluation(run, evaluator, row)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sage_jax import config, curriculum, rules, scores, selection
+from sage_jax import config, curriculum, logprobs, noise, rules, scores, selection, step
 from sage_jax.data import encode, records
 from sage_jax.generate import pairs as pair_makers
 from sage_jax.report import progress, writers
@@ -73,14 +73,12 @@ def score(run: config.Run, workdir: pathlib.Path) -> int:
     rounds.rule_column(run, pairs)
     policy = setup.load_policy(run, mesh, tokenizer)
     other = setup.load_reference(run, policy, mesh)
-    share = sharing.shares_prompts(run, policy.model, pairs)
-    shape = setup.row_shape(run, pairs.row_lengths(share), mesh, share=share)
-    shapes = sharing.problem_shapes(run, policy.model, pairs, shape)
-    passes = forward.Passes(policy, mesh, *shapes)
+    passes = forward.Passes(policy, mesh, *sharing.shapes(run, policy.model, mesh, pairs))
     stats = forward.stored_stats(run, policy, passes, pairs, "scoring")
     ref = forward.reference_logps(run, policy, passes, pairs, stats, other)
     loss = setup.make_loss(run)
-    found = jax.device_get(setup.make_score_fn(run, loss)(stats, ref))
+    score_fn = setup.make_score_fn(run, loss)
+    found = jax.device_get(score_fn(stats, ref))
 
     memory = curriculum.remember(
         curriculum.init_memory(len(pairs)), np.arange(len(pairs)), found, round=0, trained=False
@@ -90,7 +88,7 @@ def score(run: config.Run, workdir: pathlib.Path) -> int:
     rng = np.random.default_rng(np.random.SeedSequence([run.seed, 0, 1]))
     index_N = np.arange(len(pairs))
     # Without a reference nothing has moved against it, and the guard "auto" has nothing to go by.
-    flips = suspicion.detect(memory, run, pairs) if run.reference.path else None
+    flips = moved(run, pairs, memory, score_fn, stats, ref) if run.reference.path else None
     priority_N = rounds.rank(
         index_N, found, memory, None, run=run, loss=loss, pairs=pairs, rng=rng
     ).priority_P
@@ -106,6 +104,24 @@ def score(run: config.Run, workdir: pathlib.Path) -> int:
     if hosts.first():
         _write(workdir, run, pairs, stats, found, stratum_N, priority_N, chosen)
     return 0
+
+
+def moved(
+    run: config.Run,
+    pairs: encode.EncodedPairs,
+    memory: curriculum.Memory,
+    score_fn: step.ScoreFn,
+    stats: logprobs.SequenceStats,
+    ref_logps_N2: np.ndarray,
+) -> noise.Flips:
+    """Which labels look flipped to a policy that has been trained from the reference.
+
+    Whether its margins can judge labels is read off the reference's, as a training asks its policy
+    before the first step.
+    """
+    start = jax.device_get(score_fn(stats._replace(logps=ref_logps_N2), ref_logps_N2))
+    held = noise.at_start(start.likelihood_margin, memory.margin_error)
+    return suspicion.detect(memory, run, pairs, held)
 
 
 def _check_new(workdir: pathlib.Path) -> None:

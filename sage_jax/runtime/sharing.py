@@ -2,11 +2,46 @@
 
 from __future__ import annotations
 
+import jax
+import numpy as np
+
 from sage_jax import config
 from sage_jax.data import encode, steps
 from sage_jax.models import attention, attention_tpu, decoder
+from sage_jax.runtime import setup
 
 LEAST_SHARED = 0.02  # of the tokens that sharing prompts has to save, else it is not done
+
+
+def shapes(
+    run: config.Run,
+    model: decoder.Model,
+    mesh: jax.sharding.Mesh,
+    pairs: encode.EncodedPairs,
+    *,
+    share: bool | None = None,
+    lengths_N: np.ndarray | None = None,
+) -> tuple[steps.Shape, steps.Shape]:
+    """The rows of steps over a data set and those of passes over it.
+
+    Args:
+        run: the settings.
+        model: which is on the devices of `mesh`.
+        mesh: the devices.
+        pairs: the data set.
+        share: whether a pair's completions share a prompt; None: by `shares_prompts`.
+        lengths_N: tokens in a row of each pair that these rows may have to hold, of this data set
+            or another; None: of `pairs`.
+
+    Raises:
+        ValueError: as `shares_prompts` and `problem_shapes`.
+    """
+    if share is None:
+        share = shares_prompts(run, model, pairs)
+    if lengths_N is None:
+        lengths_N = pairs.row_lengths(share)
+    shape = setup.row_shape(run, lengths_N, mesh, share=share)
+    return problem_shapes(run, model, pairs, shape)
 
 
 def shares_prompts(run: config.Run, model: decoder.Model, pairs: encode.EncodedPairs) -> bool:

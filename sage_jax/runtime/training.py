@@ -117,8 +117,7 @@ def fit(run: config.Run, workdir: pathlib.Path, mode: str) -> int:
     if parts.asked is not None:
         run = resample_plan.settled(run, pairs)
         lengths = resample_plan.planned(run, policy.tokenizer, pairs, parts.asked, lengths)
-    shape = setup.row_shape(run, lengths, mesh, share=share)
-    shapes = sharing.problem_shapes(run, policy.model, pairs, shape)
+    shapes = sharing.shapes(run, policy.model, mesh, pairs, share=share, lengths_N=lengths)
     passes = forward.Passes(policy, mesh, *shapes)
     moved = None
     if run.eval.kl_prompts:

@@ -17,8 +17,8 @@ from sage_jax import config
 from sage_jax.data import steps
 from sage_jax.models import catalog, decoder, sources
 from sage_jax.models import spec as specs
+from sage_jax.runtime import chips, compile_report, hlo, planned, targets
 from sage_jax.runtime import compile as compiler
-from sage_jax.runtime import compile_report, hlo, planned
 
 TINY = specs.ModelSpec(vocab=64, d_model=32, d_ff=64, layers=2, heads=4, kv_heads=2)
 CONFIG = """
@@ -69,7 +69,7 @@ def leaves():
 
 def test_what_does_not_fit_ends_with_3_and_says_what_to_change(config_file, capsys, monkeypatch):
     small = property(lambda self: 150e3)  # bytes
-    monkeypatch.setattr(compiler.Target, "usable_bytes", small)
+    monkeypatch.setattr(targets.Target, "usable_bytes", small)
     command = ["compile", f"--config={config_file}", "--topology=cpu:8", "--steps=train"]
     assert launcher.main([*command, "--search=false"]) == 3
     said = capsys.readouterr().out
@@ -90,7 +90,7 @@ def test_a_step_that_the_compiler_refuses_shows_no_figures_of_it(
         return compile_report.too_large(lowered, machine, needed, 1.0, compiler.MARGIN)
 
     monkeypatch.setattr(compiler, "compile_step", refused)
-    monkeypatch.setattr(compiler.Target, "usable_bytes", property(lambda self: 2**34))
+    monkeypatch.setattr(targets.Target, "usable_bytes", property(lambda self: 2**34))
     command = ["compile", f"--config={config_file}", "--topology=cpu:8", "--steps=train"]
     assert launcher.main(command) == 3
     found = capsys.readouterr().out
@@ -117,7 +117,7 @@ def test_a_compiler_that_fails_on_another_batch_leaves_the_report(config_file, c
 
 def test_the_largest_batch_fits_and_one_step_more_does_not(config_file, monkeypatch):
     run = config.resolve(launcher.parse(["compile", f"--config={config_file}"])[1])
-    machine = compiler.target("cpu:8")
+    machine = targets.target("cpu:8")
     mesh = compiler.make_mesh(run, machine)
     sizes = {}
 
@@ -126,7 +126,7 @@ def test_the_largest_batch_fits_and_one_step_more_does_not(config_file, monkeypa
         return report(sizes[lowered.pairs], machine)
 
     monkeypatch.setattr(compiler, "compile_step", fake)
-    monkeypatch.setattr(compiler.Target, "usable_bytes", property(lambda self: 1000.0))
+    monkeypatch.setattr(targets.Target, "usable_bytes", property(lambda self: 1000.0))
     known = fake(compiler.make_step("train", run, mesh), machine)
     most, tried = compiler.largest("train", run, mesh, machine, known)
     limit = 1000 * (1 - compiler.MARGIN)
@@ -137,7 +137,7 @@ def test_the_largest_batch_fits_and_one_step_more_does_not(config_file, monkeypa
 def steps_of(config_file, **settings) -> compiler.Lowered:
     run = config.resolve(launcher.parse(["compile", f"--config={config_file}"])[1])
     run = config.replace(run, **{"data.max_length": 512, "train.batch_pairs": 256, **settings})
-    mesh = compiler.make_mesh(run, compiler.target("cpu:8"))
+    mesh = compiler.make_mesh(run, targets.target("cpu:8"))
     pairs = planned.pairs(512, length_mean=100.0, prompt_share=0.4)
     return compiler.make_step("train", run, mesh, pairs)
 
@@ -161,7 +161,7 @@ def test_rows_are_planned_for_the_stated_lengths(config_file):
 
 def test_without_a_mean_every_sequence_is_as_long_as_it_may_be(config_file):
     run = config.resolve(launcher.parse(["compile", f"--config={config_file}"])[1])
-    mesh = compiler.make_mesh(run, compiler.target("cpu:8"))
+    mesh = compiler.make_mesh(run, targets.target("cpu:8"))
     whole = compiler.make_step("train", run, mesh)
     assert whole.tokens == math.prod(whole.rows) == 16 * 2 * 32 and not whole.shared
     half = compiler.make_step("train", run, mesh, planned.pairs(32, prompt_share=0.5))
@@ -220,7 +220,7 @@ def test_attention_is_counted_in_the_blocks_of_the_planned_rows(share):
     assert count(passes=lambda seen: [itself(seen)]) == block
 
 
-def report(used: float, machine: compiler.Target) -> compile_report.StepReport:
+def report(used: float, machine: targets.Target) -> compile_report.StepReport:
     one = compiler.Lowered("train", lambda: None, 1, 1, 1.0, 0.0, lambda _: 1.0)
     return dataclasses.replace(
         compile_report.too_large(one, machine, used, 0.0, compiler.MARGIN),
@@ -291,9 +291,7 @@ def test_named_architectures_have_the_published_number_of_parameters(name, param
 
 def test_collectives_take_the_time_of_their_links():
     devices = [(i, j) for i in range(16) for j in range(16)]
-    machine = compiler.Target(
-        "v5e:16x16", devices, compiler.chips.TPUS["v5e"], tuple(devices), (16, 16)
-    )
+    machine = targets.Target("v5e:16x16", devices, chips.TPUS["v5e"], tuple(devices), (16, 16))
     gather = hlo.Collective(
         "all-gather", (hlo.Shape("bf16", (1,)),), tuple(range(0, 256, 16)), 16, 3.0, 1e9, ""
     )

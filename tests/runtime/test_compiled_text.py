@@ -14,7 +14,7 @@ from sage_jax import config, head
 from sage_jax.data import pack, steps
 from sage_jax.models import catalog, spec
 from sage_jax.runtime import compile as compiler
-from sage_jax.runtime import hlo, setup
+from sage_jax.runtime import hlo, setup, targets
 from sage_jax.runtime import mesh as meshes
 
 # Each number is that of one thing only, so that a shape says what it is. The softmax of a row is
@@ -45,7 +45,7 @@ def named():
 
 @functools.cache
 def program(topology: str, step: str, split: str) -> tuple[hlo.Program, jax.stages.Compiled]:
-    machine = compiler.target(topology)
+    machine = targets.target(topology)
     run = config.resolve(
         {
             "model": {"path": "spec:of_this_test", "dtype": "bfloat16", "remat": "full"},
@@ -187,7 +187,7 @@ def test_a_step_that_is_refused_for_its_size_says_how_much_it_needs():
 
 
 def test_shapes_alone_are_what_a_run_has():
-    machine = dataclasses.replace(compiler.target("cpu:8"), name="cpu:8")
+    machine = dataclasses.replace(targets.target("cpu:8"), name="cpu:8")
     mesh = meshes.make_mesh(data=1, fsdp=8, devices=machine.devices)
     run = config.resolve({"model": {"path": "spec:of_this_test"}, "train": {"batch_pairs": 8}})
     policy = compiler.abstract_policy(run, mesh)

@@ -9,9 +9,9 @@ import jobs
 import numpy as np
 import pytest
 
-from sage_jax import config, curriculum, noise
+from sage_jax import config, curriculum, logprobs, noise
 from sage_jax.report import writers
-from sage_jax.runtime import loop, rounds, setup, summary, suspicion
+from sage_jax.runtime import loop, rounds, scoring, setup, summary, suspicion
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SMALL = {
@@ -276,3 +276,37 @@ def test_planted_flips_rank_high_in_a_short_run_and_none_are_seen_without(
     parts = jobs.loaded(plain, tmp_path / "cache")
     _, outcome = train(parts, tmp_path / "plain", plain)
     assert outcome.flips.share < 0.06 and not outcome.flips.many
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_scored_pairs_are_suspected_by_a_policy_that_could_judge_them_from_the_start(job, knows):
+    rng = np.random.default_rng(1)
+    run = config.settle_data(small_run(), job["pairs"].columns)
+    flipped, size_N = rng.random(384) < 0.15, rng.exponential(4, 384)
+    if knows:
+        sign = np.where(flipped, -1, 1)
+        start_N, drift_N = sign * rng.normal(3, 3, 384), sign * rng.normal(3, 1, 384)
+    else:  # however sure it is, it contradicts 30 % of labels that are right
+        wrong = rng.random(384) < 0.3 + 0.2 * np.exp(-size_N)
+        start_N, drift_N = np.where(wrong, -1, 1) * size_N, rng.normal(0.1, 1, 384)
+
+    def two_sides(margin_N):
+        return np.stack([margin_N, -margin_N], axis=1).astype(np.float32) / 2 - 10
+
+    zeros = np.zeros((384, 2), np.float32)
+    stats = logprobs.SequenceStats(
+        two_sides(start_N + drift_N), zeros + 10, zeros + 2, zeros, zeros, zeros, zeros
+    )
+    ref = two_sides(start_N)
+    score_fn = setup.make_score_fn(run, setup.make_loss(run))
+    found = jax.device_get(score_fn(stats, ref))
+    memory = curriculum.remember(
+        curriculum.init_memory(384), np.arange(384), found, round=0, trained=False
+    )
+    alone = suspicion.detect(memory, run, job["pairs"])
+    flips = scoring.moved(run, job["pairs"], memory, score_fn, stats, ref)
+    assert flips.held.ignorant != knows
+    if knows:
+        assert flipped[flips.suspected_N].mean() > 0.9 and flips.suspected_N[flipped].mean() > 0.9
+    else:  # what it contradicts is its own ignorance: all that moved says so
+        assert alone.many and alone.suspected_N.mean() > 0.2 and not flips.suspected_N.any()

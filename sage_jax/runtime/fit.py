@@ -1,0 +1,57 @@
+"""The largest size whose program fits a memory, in few compilations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+GUESSES = 3  # at most, after the two programs that the line goes through
+
+
+def largest(
+    bytes_of: Callable[[int], float], limit: float, *, now: int, bytes_now: float
+) -> tuple[int, int]:
+    """The most units that fit, and how many programs it took to know.
+
+    Memory grows by about the same bytes with every unit, so two programs give the line, and one
+    more confirms what it says, or corrects it.
+
+    Args:
+        bytes_of: compiles the program of so many units and returns the bytes that it needs.
+        limit: bytes that there are.
+        now: units of a program that is known already, at least 1.
+        bytes_now: which it needs; inf: the compiler refused it and did not say.
+
+    Returns:
+        0 units where not even one fits.
+
+    >>> largest(lambda units: 30.0 + 2.5 * units, 1000.0, now=4, bytes_now=40.0)
+    (388, 2)
+    """
+    known = {now: bytes_now} if math.isfinite(bytes_now) else {}
+    tried = 0
+
+    def fits(units: int) -> bool:
+        nonlocal tried
+        if units not in known:
+            known[units] = bytes_of(units)
+            tried += 1
+        return known[units] <= limit
+
+    if not fits(1):
+        return 0, tried
+    if now == 1:
+        fits(2)
+    low, high = min(known), max(known)
+    slope = max((known[high] - known[low]) / (high - low), 1.0) if high > low else 1.0
+    guess = max(1, int((limit - known[low]) / slope) + low)
+    best = max(units for units in known if fits(units))
+    for _ in range(GUESSES):
+        if guess <= best:
+            break
+        if fits(guess):
+            best = guess
+            break
+        over = known[guess] - limit
+        guess = max(best, guess - max(1, math.ceil(over / slope)))
+    return best, tried

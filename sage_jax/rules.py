@@ -136,13 +136,19 @@ def ranked(rule: Rule, known: Candidates, rng: np.random.Generator) -> Ranked:
     """Applies a rule; its state comes back as arrays, ready for a checkpoint.
 
     Raises:
-        ValueError: the rule returned something else than a number for every pair.
+        ValueError: the rule needs a data column and there is none, or it returned something else
+            than a number for every pair.
 
     >>> known = candidates(None, curriculum.init_memory(2), column_P=np.array([3.0, 5.0]))
     >>> found = ranked(Rule(lambda c, rng: -c.column_P), known, np.random.default_rng(0))
     >>> found.priority_P.tolist(), found.state
     ([-3.0, -5.0], {})
     """
+    if rule.column == "required" and known.column_P is None:
+        raise ValueError(
+            "The rule reads a data column, and Candidates.column_P is None. Give `candidates` the "
+            "column's values, one for each pair; of a run, set selection.column."
+        )
     found = rule.rank(known, rng)
     if not isinstance(found, Ranked):
         found = Ranked(found, known.state)

@@ -88,10 +88,13 @@ def curvature(loss: losses.Loss, margin: Array) -> jax.Array:
 
 
 def damped_decrement(loss: losses.Loss, margin: Array, damping: float = 0.1) -> jax.Array:
-    """The damped Newton decrement l'² / (max(l'', 0) + damping) at margin m.
+    """The damped Newton decrement min(l', 0)² / (max(l'', 0) + damping) at margin m.
 
-    Twice the fall of the loss that a damped Newton step on the margin alone would promise. Where a
-    loss is concave (apo_zero on wrong pairs) its curvature promises nothing and counts as 0.
+    Twice the fall of the loss that a damped Newton step on the margin alone would promise, if the
+    step raises the margin. Where a loss pulls it down, to a target that a pair has passed (ipo,
+    sppo_hard, nca_pair, label smoothing), there is no error to learn from, and it counts as 0: or
+    else mastered pairs would score highest of all. Where a loss is concave (apo_zero on wrong
+    pairs) its curvature promises nothing and counts as 0.
 
     Args:
         loss: one of `losses.LOSSES` or your own.
@@ -114,7 +117,7 @@ def damped_decrement(loss: losses.Loss, margin: Array, damping: float = 0.1) -> 
             f"selection.damping={damping} must be positive: it bounds the score where the loss is "
             f"flat. Try 0.1."
         )
-    slope = loss.slope(*_sides(margin))
+    slope = jnp.minimum(loss.slope(*_sides(margin)), 0.0)
     return jnp.square(slope) / (jnp.maximum(curvature(loss, margin), 0.0) + damping)
 
 

@@ -53,8 +53,8 @@ def sample(key: jax.Array, score_B: Array, k: int, tau: float = 1.0) -> jax.Arra
 
     Args:
         key: PRNG key.
-        score_B: float32, not negative. Score 0 comes after every positive one; give pairs that
-            must not be chosen -inf or NaN.
+        score_B: float32, not negative. Score 0 comes after every positive one, unless tau is 0;
+            give pairs that must not be chosen -inf or NaN.
         k: how many, at most B.
         tau: 0 draws uniformly; larger is greedier, towards `top_k`.
 
@@ -66,15 +66,19 @@ def sample(key: jax.Array, score_B: Array, k: int, tau: float = 1.0) -> jax.Arra
     >>> sorted(sample(jax.random.key(0), np.array([0.0, 5.0, 2.0]), 2).tolist())
     [1, 2]
     """
-    log_score_B = tau * _log(score_B) + jax.random.gumbel(key, jnp.shape(score_B))
-    return top_k(jnp.where(jnp.asarray(score_B) >= 0, log_score_B, -jnp.inf), k)
+    score_B = jnp.asarray(score_B, jnp.float32)
+    log_score_B = tau * _log(score_B) + jax.random.gumbel(key, score_B.shape)
+    # Positive, zero, excluded: the floor of `_log` alone is no zero when tau is small.
+    class_B = jnp.where(score_B >= 0, 1 + ((score_B > 0) | (tau == 0)), 0)
+    return top_k(class_B, k, tie_break_B=log_score_B)
 
 
 def soft_weights(score_B: Array, tau: float, weight_B: Array) -> jax.Array:
     """Weights proportional to weight * score^tau that add up to what the weights did.
 
     Args:
-        score_B: float32, any shape, not negative; ignored where the weight is 0.
+        score_B: float32, any shape, not negative; ignored where the weight is 0. If all are 0, the
+            weights stay as they are.
         tau: 0 leaves the weights as they are; larger concentrates on high scores.
         weight_B: float32, the same shape, 0 for empty slots.
 
@@ -87,7 +91,10 @@ def soft_weights(score_B: Array, tau: float, weight_B: Array) -> jax.Array:
     """
     weight_B = jnp.asarray(weight_B, jnp.float32)
     used_B = weight_B > 0
-    log_score_B = jnp.where(used_B, tau * _log(jnp.where(used_B, score_B, 1.0)), -jnp.inf)
+    score_B = jnp.where(used_B, score_B, 1.0)
+    # Below all others, but finite: zeros among themselves are alike.
+    log_score_B = jnp.where((score_B <= 0) & (tau != 0), -1e30, tau * _log(score_B))
+    log_score_B = jnp.where(used_B, log_score_B, -jnp.inf)
     factor_B = jnp.exp(log_score_B - jnp.max(log_score_B, initial=-1e30))  # the largest is 1
     total = jnp.sum(weight_B * factor_B)
     scale = jnp.sum(weight_B) / jnp.where(total > 0, total, 1.0)

@@ -183,11 +183,12 @@ def pair_metrics(
     right = ratio[..., 0] - ratio[..., 1] > TIE * stats.tokens.sum(-1)
 
     def over_pairs(x):
-        return jnp.sum(x * real) / count
+        return jnp.sum(jnp.where(real > 0, x, 0.0)) / count
 
     def over_tokens(x, sides):
         total = jnp.sum(stats.tokens[..., sides] * real[..., None])
-        return jnp.sum(x[..., sides] * real[..., None]) / jnp.maximum(total, 1.0)
+        kept = jnp.where(real[..., None] > 0, x[..., sides], 0.0)
+        return jnp.sum(kept) / jnp.maximum(total, 1.0)
 
     chosen, rejected, both = slice(0, 1), slice(1, 2), slice(0, 2)
     return {
@@ -230,7 +231,9 @@ def make_train_step(
         score_fn: scores each pair from the statistics of this very forward pass; None leaves
             scoring out of the compiled program.
         weight_fn: soft selection, `(scores, weight_RS) -> weight_RS`, applied without gradient to
-            the pairs of one accumulation part. Needs `score_fn`. Where `Now.soft` is given, it is
+            the pairs of one accumulation part. The loss is divided by the sum of the weights that
+            it was given: a function that lowers their sum, such as a mask, makes a smaller step.
+            Needs `score_fn`. Where `Now.soft` is given, it is
             the third argument.
         nll_weight: see `pair_losses`.
         token_weighted: weight pairs by their chosen tokens, so that the `sft` loss is a mean over
@@ -278,10 +281,10 @@ def make_train_step(
             f"{loss.name!r}. Change these, or leave beta_alpha at None."
         )
 
-    def adapted(beta, stats, part, weight_RS):
+    def adapted(beta, stats, ref_RS2, weight_RS):
         if beta_alpha is None:
             return None, beta
-        ratio = stats.logps - part.ref_logps_RS2
+        ratio = stats.logps - ref_RS2
         margin_RS = ratio[..., 0] - ratio[..., 1]
         return adapt_beta(beta, margin_RS, weight_RS, beta=loss.beta, alpha=beta_alpha)
 
@@ -293,10 +296,10 @@ def make_train_step(
         weight_RS = _pair_weight(part, seen.tokens[..., 0] if token_weighted else None)
         if weight_fn is not None and pairs is not None:
             weight_RS = weight_fn(pairs, weight_RS, *(() if now.soft is None else (now.soft,)))
-        factor, beta = adapted(beta, seen, part, weight_RS)
-        loss_RS = pair_losses(
-            loss, stats, part.ref_logps_RS2, nll_weight=now.nll_weight, reward_factor=factor
-        )
+        # The reference of a pair without weight may be unknown, and nan would reach the gradient.
+        ref_RS2 = jnp.where(weight_RS[..., None] > 0, part.ref_logps_RS2, 0.0)
+        factor, beta = adapted(beta, seen, ref_RS2, weight_RS)
+        loss_RS = pair_losses(loss, stats, ref_RS2, nll_weight=now.nll_weight, reward_factor=factor)
         # where, not *: an empty slot adds exactly 0, whatever the loss makes of its zeros.
         loss_RS = jnp.where(weight_RS > 0, loss_RS, 0.0)
         value = jnp.sum(loss_RS * weight_RS) / total_weight
@@ -338,6 +341,11 @@ def make_train_step(
             now = now._replace(nll_weight=nll_weight)
         if now.soft is not None and weight_fn is None:
             raise ValueError("Now.soft is for weight_fn, which this step was made without.")
+        if (beta_alpha is None) == isinstance(state.beta, BetaState):
+            raise ValueError(
+                f"beta_alpha={beta_alpha} needs a state made with init_state(..., adaptive_beta="
+                f"{beta_alpha is not None}); this one has beta={state.beta}."
+            )
         weight_RS = _pair_weight(batch, _chosen_tokens(batch) if token_weighted else None)
         total_weight = jnp.maximum(weight_RS.sum(), 1e-8)
         (value, (stats, pairs, factor, beta, penalty)), grads = whole(

@@ -145,3 +145,12 @@ def test_what_cannot_be_adapted_is_refused():
         step.make_train_step(logps_fn, losses.sigmoid(), tx, accumulate=2, beta_alpha=0.6)
     with pytest.raises(ValueError, match="not 'ipo'"):
         step.make_train_step(logps_fn, losses.ipo(), tx, beta_alpha=0.6)
+
+
+@pytest.mark.parametrize("alpha", [None, ALPHA])
+def test_a_state_made_for_the_other_kind_of_beta_is_an_error(alpha):
+    tx = optax.sgd(LR)
+    fn = step.make_train_step(logps_fn, losses.sigmoid(BETA), tx, beta_alpha=alpha)
+    state = step.init_state(params(), tx, adaptive_beta=alpha is None)
+    with pytest.raises(ValueError, match=f"adaptive_beta={alpha is not None}"):
+        fn(state, None, rows_of(6, 0))

@@ -74,9 +74,10 @@ def test_max_curvature_takes_the_undecided_pairs():
     np.testing.assert_array_equal(np.argsort(-priority), np.argsort(np.abs(margin)))
 
 
-def test_rules_follow_the_score_of_losses_that_do_not_fall_with_the_margin():
-    loss = losses.ipo(beta=1.0)  # pulls back what overshoots: large margins score high again
-    assert order(rules.sage(known([-1.0, 0.5, 3.0], loss=loss), rng())) == [2, 0, 1]
+def test_sage_puts_pairs_beyond_a_loss_s_target_last_and_gradient_follows_the_slope():
+    pool = known([-1.0, 3.0, 0.25], loss=losses.ipo(beta=1.0))  # the target is 0.5
+    assert order(rules.sage(pool, rng())) == [0, 2, 1]
+    assert order(rules.gradient(pool, rng())) == [1, 0, 2]
 
 
 def test_pairs_of_equal_score_and_margin_have_equal_priority_and_unknown_ones_nan():
@@ -287,3 +288,10 @@ def test_wrong_priorities_and_column_uses_are_named():
         rules.ranked(rules.Rule(lambda c, _: np.zeros(2)), known(np.zeros(3)), rng())
     with pytest.raises(ValueError, match="column='maybe'"):
         rules.Rule(lowest_pair, column="maybe")
+
+
+@pytest.mark.parametrize("name", ["rho", "dual_margin"])
+def test_a_rule_that_reads_a_column_says_so_where_there_is_none(name):
+    known = rules.candidates(None, curriculum.init_memory(2))
+    with pytest.raises(ValueError, match="column_P is None"):
+        rules.ranked(rules.RULES[name], known, np.random.default_rng(0))

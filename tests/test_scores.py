@@ -74,6 +74,25 @@ def test_margin_only_scores_rank_exactly_like_hardest_first(name, damping):
         np.testing.assert_array_equal(_ranking(score), hardest_first)
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [losses.ipo(0.1), losses.sppo_hard(0.1), losses.nca_pair(), losses.sigmoid(0.1, 0.2)],
+    ids=lambda loss: loss.name,
+)
+def test_no_pair_beyond_a_target_comes_before_one_that_is_short_of_it(loss):
+    margin = np.float32(np.random.default_rng(0).permutation(np.linspace(-30, 30, 121)))
+    slope = jax.vmap(jax.grad(lambda m: loss(m / 2, -m / 2)))(margin)  # by autodiff
+    short = np.asarray(slope) < 0
+    assert 0 < short.sum() < len(margin)
+    score = np.asarray(scores.damped_decrement(loss, margin))
+    assert (score[~short] == 0).all() and (score[short] > 0).all()
+    pairs = scores.make_rescore_fn(loss, kappa=0.0)(margin, margin, np.zeros(121))
+    priority = rules.sage(
+        rules.candidates(pairs, curriculum.init_memory(121)), np.random.default_rng(0)
+    )
+    np.testing.assert_array_equal(np.argsort(-priority), np.argsort(margin))
+
+
 @pytest.mark.parametrize("margin", ["likelihood", "reward"])
 def test_without_errors_all_score_selectors_choose_the_hardest_half(margin):
     stats, ref, _ = _stats()

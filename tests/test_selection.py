@@ -67,10 +67,11 @@ def test_gumbel_top_k_includes_pairs_as_often_as_successive_draws_do(jit, tau):
     np.testing.assert_allclose(first, score**tau / (score**tau).sum(), atol=0.01)
 
 
-def test_sample_takes_zeros_last_and_excluded_pairs_never_while_others_are_left():
-    score = np.float32([0, 5, -np.inf, np.nan, 0, 1])
+@pytest.mark.parametrize("tau", [0.01, 1.0])
+def test_sample_takes_zeros_last_and_excluded_pairs_never_while_others_are_left(tau):
+    score = np.float32([0, 5, -np.inf, np.nan, 0, 1e-30])
     keys = jax.random.split(jax.random.key(1), 200)
-    drawn = np.asarray(jax.vmap(lambda key: selection.sample(key, score, 4, 1.0))(keys))
+    drawn = np.asarray(jax.vmap(lambda key: selection.sample(key, score, 4, tau))(keys))
     assert all({1, 5} == set(row[:2]) and {0, 4} == set(row[2:]) for row in drawn.tolist())
     assert 0.3 < (drawn[:, 2] == 0).mean() < 0.7  # zeros are alike
 
@@ -103,6 +104,15 @@ def test_soft_weights_of_nothing_are_0_and_of_zero_scores_are_even():
     nothing = selection.soft_weights(np.ones(3), 1.0, np.zeros(3))
     assert nothing.tolist() == [0, 0, 0]
     np.testing.assert_allclose(selection.soft_weights(np.zeros(3), 1.0, np.ones(3)), 1, rtol=1e-6)
+
+
+@JIT
+@pytest.mark.parametrize("tau", [0.01, 0.5])
+def test_a_pair_of_score_0_has_no_weight_beside_others(jit, tau):
+    score, weight = np.float32([0, 1, 16, 0]), np.float32([1, 1, 1, 0])
+    found = _maybe_jit(jit, lambda s, w, t: selection.soft_weights(s, t, w))(score, weight, tau)
+    power = np.float64([0, 1, 16.0**tau, 0])
+    np.testing.assert_allclose(found, 3 * power / power.sum(), rtol=1e-5)
 
 
 def test_soft_weights_survive_scores_of_any_size():

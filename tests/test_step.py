@@ -260,3 +260,16 @@ def test_a_penalty_is_added_to_the_loss_and_reported(parts):
         plain.params["head"] - moved.params["head"], pull, rtol=1e-3, atol=1e-5
     )
     assert "router_aux" not in before.metrics
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_an_unknown_reference_of_a_pair_without_weight_changes_nothing(parts):
+    rows = rows_of(4)
+    rows.weight_RS[2] = 0.0
+    unknown = rows._replace(ref_logps_RS2=rows.ref_logps_RS2.copy())
+    unknown.ref_logps_RS2[2] = np.nan
+    known, a = run(rows, accumulate=parts)
+    state, b = run(unknown, accumulate=parts)
+    jax.tree.map(np.testing.assert_array_equal, state.params, known.params)
+    jax.tree.map(np.testing.assert_array_equal, b.metrics, a.metrics)
+    assert np.isfinite(state.params["embed"]).all()

@@ -114,7 +114,8 @@ def _turn(item: Any, column: str, index: int) -> dict[str, Any]:
     turn = {key: value for key, value in item.items() if value is not None}
     if "from" in turn and "value" in turn:
         said = turn.pop("from")
-        turn = {"role": SHAREGPT_ROLES.get(said, said), "content": turn.pop("value"), **turn}
+        role = SHAREGPT_ROLES.get(said, said) if isinstance(said, str) else said
+        turn = {"role": role, "content": turn.pop("value"), **turn}
     if not isinstance(turn.get("role"), str):
         raise wrong_type(f"{where}['role']", turn.get("role"), "a string")
     if not isinstance(turn.get("content"), str | list) and "tool_calls" not in turn:

@@ -7,6 +7,8 @@ Every row becomes a prompt, a chosen and a rejected side: strings in the standar
 from __future__ import annotations
 
 import json
+import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -40,9 +42,15 @@ def _ids(row: Row) -> canonical.Pair:
         if not isinstance(value, list) or not value or not all(_is_id(i) for i in value):
             raise canonical.wrong_type(column, value, "a non-empty list of token ids")
         ids.append(value)
-    ref = (row.get("ref_chosen_logps"), row.get("ref_rejected_logps"))
-    logps = None if None in ref else (float(ref[0]), float(ref[1]))  # type: ignore[arg-type]
-    return canonical.Pair("", "", "", canonical.Ids(ids[0], ids[1], ids[2], logps))
+    names = ("ref_chosen_logps", "ref_rejected_logps")
+    given = {name: row[name] for name in names if row.get(name) is not None}
+    for column, value in given.items():
+        if not isinstance(value, numbers.Real) or math.isinf(value):
+            raise canonical.wrong_type(column, value, "a finite number of nats")
+    both = len(given) == 2  # that of one side alone is a column like any other
+    logps = (float(given[names[0]]), float(given[names[1]])) if both else None
+    made = canonical.Ids(ids[0], ids[1], ids[2], logps)
+    return canonical.Pair("", "", "", made, () if both else tuple(given))
 
 
 def _is_id(value: Any) -> bool:
@@ -62,6 +70,9 @@ def _ranked(row: Row) -> canonical.Pair:
         raise canonical.wrong_type("completions", answers, 'two or more {"rank", "completion"}')
     if not all(isinstance(a, Mapping) and {"rank", "completion"} <= a.keys() for a in answers):
         raise canonical.wrong_type("completions", answers, '{"rank", "completion"} in every entry')
+    for answer in answers:  # texts would be compared letter by letter: "10" before "9"
+        if not isinstance(answer["rank"], numbers.Real) or math.isnan(answer["rank"]):
+            raise canonical.wrong_type("rank", answer["rank"], "a number")
     best = min(answers, key=lambda a: a["rank"])
     worst = max(answers, key=lambda a: a["rank"])
     if best["rank"] == worst["rank"]:

@@ -139,14 +139,41 @@ def _record(row: Any, origin: str, format: str) -> tuple[Record, list[str]]:
         if key in used or value is None:
             continue
         if isinstance(value, numbers.Real):
-            columns[key] = float(value)
+            columns[key] = _number(key, value)
         elif isinstance(value, str) and key in KEPT_TEXTS:
             texts[key] = value
         else:
             unused.append(key)
     template = formats.template_options(row)
     prompt, chosen, rejected, ids, _ = pair
+    for column, text in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
+        _check_text(column, text)
+    for column, text in texts.items():
+        _check_text(column, text)
     return Record(prompt, chosen, rejected, origin, columns, texts, template, ids), unused
+
+
+def _number(column: str, value: numbers.Real) -> float:
+    try:
+        return float(value)
+    except OverflowError as e:
+        raise canonical.wrong_type(column, value, "a number that a float64 holds") from e
+
+
+def _check_text(column: str, value: Any) -> None:
+    """Refuses half of a surrogate pair, such as an emoji that was cut in two: it is no text."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as e:
+            raise canonical.BadRowError(
+                "not text",
+                f"'{column}' has {value[e.start]!r} at character {e.start}, half of a surrogate "
+                f"pair, expected whole characters",
+            ) from e
+    elif isinstance(value, list | dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            _check_text(column, part)
 
 
 def raw(source: Source) -> Iterator[tuple[str, Any]]:
@@ -223,7 +250,7 @@ def _jsonl_rows(file: Path, data: bytes) -> Iterator[tuple[str, Any]]:
         row: Any
         try:
             row = json.loads(line)
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             row = canonical.BadRowError(
                 "not JSON", f"not valid JSON ({e}), expected one object a line"
             )

@@ -44,6 +44,7 @@ def number(completion: str, answer: str) -> bool:
 
 
 def _last_number(text: str) -> fractions.Fraction | None:
+    text = text.replace("\N{MINUS SIGN}", "-")  # as typesetters write it, and models do
     matches = list(_NUMBER.finditer(text))
     if not matches or len(matches[-1].group()) > _DIGITS:
         return None

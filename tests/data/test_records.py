@@ -141,8 +141,13 @@ def test_extra_columns_are_kept_or_counted():
     assert found.ignored_columns == {"note": 1, "nested": 1}
     beside = records.read([CHATS["string beside full chats"]])
     assert beside.ignored_columns == {"prompt": 1}
+    alone = records.read([{**json.loads(f"{{{IDS}}}"), "ref_chosen_logps": -1.0}])
+    assert alone.rows[0].ids.ref_logps is None
+    assert alone.rows[0].columns == {"ref_chosen_logps": -1.0}
 
 
+GOOD = '{"prompt": "a", "chosen": "b", "rejected": "c"}'
+IDS = '"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]'
 BAD = [
     ('{"prompt": "a", "chosen": "b"', "not valid JSON"),
     ('{"prompt": "a", "chosen": "b"}', "'rejected' is missing"),
@@ -161,8 +166,32 @@ BAD = [
         json.dumps({"context": "a", "completions": [{"rank": 0, "completion": "b"}] * 2}),
         "all ranks are 0",
     ),
+    (
+        json.dumps({"context": "a", "completions": [{"rank": r, "completion": r} for r in "12"]}),
+        "'rank' is str '1', expected a number",
+    ),
+    (
+        json.dumps(
+            {"context": "a", "completions": [{"rank": r, "completion": "b"} for r in (1, None)]}
+        ),
+        "'rank' is missing, expected a number",
+    ),
+    (f'{{{GOOD[1:-1]}, "level": 1{"0" * 400}}}', "'level' is int 1000"),
+    (f'{{{GOOD[1:-1]}, "answer": "\\ud83d"}}', "'answer' has '\\ud83d' at character 0"),
+    (GOOD.replace("b", "so\\ud83d"), "'chosen' has '\\ud83d' at character 2"),
+    (
+        json.dumps({"prompt": "a", "chosen": [{**RIGHT, "content": "\ud83d"}], "rejected": "b"}),
+        "'chosen' has '\\ud83d' at character 0",
+    ),
+    (f'{{{IDS}, "ref_chosen_logps": "-1", "ref_rejected_logps": -2}}', "'ref_chosen_logps' is str"),
+    (f'{{{IDS}, "ref_chosen_logps": -1, "ref_rejected_logps": [2]}}', "'ref_rejected_logps' is"),
+    (f'{{{IDS}, "ref_chosen_logps": -Infinity, "ref_rejected_logps": -2}}', "a finite number"),
+    (
+        '{"conversations": [{"from": ["human"], "value": "a"}], "chosen": "b", "rejected": "c"}',
+        "conversations[0]['role']' is list",
+    ),
+    ("[" * 100_000 + "]" * 100_000, "not valid JSON"),
 ]
-GOOD = '{"prompt": "a", "chosen": "b", "rejected": "c"}'
 
 
 @pytest.mark.parametrize(("line", "message"), BAD)

@@ -139,6 +139,11 @@ def test_data_that_cannot_be_trained_on_is_refused_by_file_and_line(rows, capsys
     refused([*command, f"--config.eval.problems={problems}"], said, capsys)
 
 
+def test_a_kernel_of_other_devices_is_refused_before_anything_is_written(capsys):
+    argv = ["train", CONFIG, "--workdir=w", "--config.model.attention=splash"]
+    refused(argv, r"'splash' is a kernel for TPUs, .* Use 'auto', or 'blocks'", capsys)
+
+
 def test_a_reference_of_another_vocabulary_is_refused(tmp_path, capsys):
     spec = models.spec.ModelSpec(vocab=11, d_model=8, d_ff=8, layers=1, heads=2, eos_id=0)
     model = models.decoder.Model(spec)

@@ -182,7 +182,7 @@ def make_step(
             lambda: program.lower(start, policy.frozen, rows, now),
             count,
             tokens,
-            3 * flops,
+            counters.train_passes(run) * flops,
             weights,
             trips,
             **about,

@@ -8,9 +8,23 @@ from typing import Any
 import jax
 import numpy as np
 
+from sage_jax import config
 from sage_jax.data import encode, groups, steps
 from sage_jax.models import decoder
 from sage_jax.runtime import chips
+
+
+def train_passes(run: config.Run) -> float:
+    """Forward passes that a train step is worth: its own, and a backward pass of as much for the
+    inputs of each matrix product and again for its weights.
+
+    Those that lie frozen under adapters need no gradient; adapters of a small rank cost nothing
+    beside them.
+
+    >>> train_passes(config.Run()), train_passes(config.resolve({"lora": {"rank": 8}}))
+    (3.0, 2.0)
+    """
+    return 2.0 if run.lora.rank or run.lora.path else 3.0
 
 
 @dataclasses.dataclass
@@ -66,17 +80,11 @@ class Counters:
         total = self.seconds_training
         return min(self.seconds_waiting / total, 1.0) if total else 0.0
 
-    def count(self, pairs: int, forward: float) -> float:
-        """Counts one step over so many pairs, by the floating-point operations of its forward pass.
-
-        Returns:
-            Its floating-point operations.
-        """
-        flops = 3.0 * forward  # forward + 2 x backward
+    def count(self, pairs: int, flops: float) -> None:
+        """Counts one step over so many pairs and of so many floating-point operations."""
         self.step, self.position = self.step + 1, self.position + 1
         self.pairs += pairs
         self.flops_training += flops
-        return flops
 
     def row(self, pairs: int) -> dict[str, Any]:
         """The beginning of a row, for a data set of so many pairs."""

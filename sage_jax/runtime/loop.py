@@ -433,7 +433,8 @@ class Trainer:
                 )
                 self._flush()  # the step before, while this one runs
                 self.counters.seconds_waiting += waited
-                flops = self.counters.count(int((pair_B >= 0).sum()), self._flops(pair_RS))
+                flops = counters.train_passes(self.run) * self._flops(pair_RS)
+                self.counters.count(int((pair_B >= 0).sum()), flops)
                 row["perf/padding_fraction"] = 1 - float(tokens) / (shape.rows * length)
                 row["perf/scoring_fraction"] = self.counters.flops_scoring / self.counters.flops
                 row["perf/scoring_seconds_fraction"] = self.counters.scoring_seconds_fraction

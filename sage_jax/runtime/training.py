@@ -12,7 +12,7 @@ import numpy as np
 
 from sage_jax import config
 from sage_jax.data import encode
-from sage_jax.models import quantised
+from sage_jax.models import attention, quantised
 from sage_jax.report import writers
 from sage_jax.runtime import (
     counters,
@@ -73,6 +73,7 @@ class _Parts(NamedTuple):
 
 def _load(run: config.Run, mesh: jax.sharding.Mesh, mode: str) -> _Parts:
     """Loads and checks everything that a user named, the quick things first."""
+    attention.Placement(run.model.attention, mesh).check()
     tokenizer = setup.load_tokenizer(run)
     pairs = setup.load_pairs(run, tokenizer, run.data.train)
     setup.check_pairs(run, pairs, sft=mode == "sft")
@@ -194,7 +195,7 @@ def twin_run(name: str, run: config.Run, outcome: loop.Outcome, flops_N: np.ndar
     `uniform` is plain DPO; `random` draws the same pools and keeps the same share, at random. Where
     the run sampled new pairs, so does its twin, in rounds of as many steps.
     """
-    per_step = 3.0 * run.train.batch_pairs * float(flops_N.mean())
+    per_step = counters.train_passes(run) * run.train.batch_pairs * float(flops_N.mean())
     steps = max(1, round(outcome.counters.flops / per_step))
     if run.rounds.resample:
         pool = resample_plan.twin_pool(run, len(flops_N))

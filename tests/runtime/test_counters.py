@@ -1,11 +1,16 @@
 """What is counted, against sums written out by hand."""
 
+import dataclasses
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sage_jax import config
 from sage_jax.data import encode, records
-from sage_jax.models import decoder, spec
-from sage_jax.runtime import chips, counters
+from sage_jax.models import decoder, lora, spec
+from sage_jax.runtime import chips, counters, hlo
 
 ROWS = [
     {"prompt_ids": [1, 2], "chosen_ids": [3, 4], "rejected_ids": [5]},
@@ -40,14 +45,34 @@ def test_a_pair_costs_what_its_two_sequences_cost(model, pairs):
     )
 
 
-def test_a_step_counts_three_forward_passes_of_its_pairs_and_no_padding(model, pairs):
-    flops_N = counters.pair_flops(model, pairs)
+def test_a_row_says_how_many_steps_pairs_and_operations_came_before_it(pairs):
     spent = counters.Counters(flops_scoring=7.0)
-    assert spent.count(1, flops_N[1]) == 3 * flops_N[1]
+    spent.count(1, 30.0)
     assert spent.row(len(pairs)) == {
-        "step": 1, "epoch": 0.5, "pairs": 1, "flops": 7.0 + 3 * flops_N[1],
-        "flops_scoring": 7.0, "flops_training": 3 * flops_N[1],
+        "step": 1, "epoch": 0.5, "pairs": 1, "flops": 37.0,
+        "flops_scoring": 7.0, "flops_training": 30.0,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_step_is_worth_the_forward_passes_that_its_compiled_gradient_has(rank):
+    size = spec.ModelSpec(vocab=512, d_model=64, d_ff=192, layers=3, heads=4)
+    model = dataclasses.replace(decoder.Model(size), remat="none")
+    params = model.init(jax.random.key(0))
+    settings = lora.Lora(rank or 1)
+    adapter = lora.init(jax.random.key(1), params, settings)
+
+    def loss(trained, tokens):
+        weights = lora.join(params, trained, settings) if rank else trained
+        return jnp.square(model.logits(weights, tokens)).sum()
+
+    def operations(fn):
+        trained, tokens = (adapter if rank else params), jnp.zeros((1, 64), jnp.int32)
+        return hlo.Program(jax.jit(fn).lower(trained, tokens).compile().as_text()).totals().flops
+
+    run = config.resolve({"lora": {"rank": rank}})
+    ratio = operations(jax.grad(loss)) / operations(loss)
+    assert ratio == pytest.approx(counters.train_passes(run), rel=0.1)
 
 
 def test_sums_are_of_sampling_scoring_and_training_and_leave_out_what_every_method_needs():

@@ -206,6 +206,11 @@ def _new_digest(format: str, on_bad_row: str) -> Any:
 
 def _blocks(source: Source) -> Iterator[tuple[bytes, Iterable[tuple[str, Any]]]]:
     """Yields the bytes of a file or of a dict, and its (origin, row or BadRowError) pairs."""
+    if isinstance(source, Mapping):
+        raise ValueError(
+            f"the data is one dict, with {', '.join(map(repr, list(source)[:4]))}; give a list of "
+            f"rows, each a dict."
+        )
     if isinstance(source, str | Path):
         source = [source]
     if all(isinstance(item, str | Path) for item in source):

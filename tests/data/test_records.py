@@ -240,6 +240,13 @@ def test_json_arrays_name_the_line_a_row_begins_on(tmp_path):
         records.read(file)
 
 
+def test_a_dict_is_no_list_of_rows():
+    row = {"prompt": "2+2=", "chosen": "4", "rejected": "5"}
+    for source in (row, {name: [text] for name, text in row.items()}):
+        with pytest.raises(ValueError, match=r"one dict, with 'prompt', .* give a list of rows"):
+            records.read(source)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

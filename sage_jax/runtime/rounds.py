@@ -80,18 +80,32 @@ def difficulty(
     if source == "margin":
         assert memory is not None
         return -np.nan_to_num(memory.likelihood_margin.astype(np.float64))
-    if source not in pairs.columns:
+    column_N = _complete(
+        pairs,
+        source,
+        "curriculum.difficulty",
+        "Use one of them, 'margin' or 'auto'",
+        "use 'margin'",
+    )
+    return dict(DIFFICULTY_COLUMNS).get(source, 1.0) * column_N
+
+
+def _complete(
+    pairs: encode.EncodedPairs, name: str, key: str, known: str, instead: str
+) -> np.ndarray:
+    """A data column without gaps, float64 [N]; an error names the setting and what else to do."""
+    if name not in pairs.columns:
         raise ValueError(
-            f"config.curriculum.difficulty={source!r} is no numeric column of the data, which has "
-            f"{', '.join(sorted(pairs.columns)) or 'none'}. Use one of them, 'margin' or 'auto'."
+            f"config.{key}={name!r} is no numeric column of the data, which has "
+            f"{', '.join(sorted(pairs.columns)) or 'none'}. {known}."
         )
-    missing = int((~np.isfinite(pairs.columns[source])).sum())
+    missing = int((~np.isfinite(pairs.columns[name])).sum())
     if missing:
         raise ValueError(
-            f"config.curriculum.difficulty={source!r}: {missing} of {len(pairs)} pairs have no "
-            f"value in that column. Fill it, or use 'margin'."
+            f"config.{key}={name!r}: {missing} of {len(pairs)} pairs have no value in that "
+            f"column. Fill it, or {instead}."
         )
-    return dict(DIFFICULTY_COLUMNS).get(source, 1.0) * pairs.columns[source]
+    return pairs.columns[name]
 
 
 def remembered_scores(
@@ -237,18 +251,8 @@ def rule_column(run: config.Run, pairs: encode.EncodedPairs) -> np.ndarray | Non
     name = run.selection.column
     if not name:
         return None
-    if name not in pairs.columns:
-        raise ValueError(
-            f"config.selection.column={name!r} is no numeric column of the data, which has "
-            f"{', '.join(sorted(pairs.columns)) or 'none'}. Use one of them, or add it."
-        )
-    missing = int((~np.isfinite(pairs.columns[name])).sum())
-    if missing:
-        raise ValueError(
-            f"config.selection.column={name!r}: {missing} of {len(pairs)} pairs have no value in "
-            f"that column. Fill it, or use a rule that needs no column."
-        )
-    return pairs.columns[name]
+    other = "use a rule that needs no column"
+    return _complete(pairs, name, "selection.column", "Use one of them, or add it", other)
 
 
 def rank(

@@ -302,7 +302,7 @@ def text(found: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--search", action="store_true", help="also the largest train batch")
+    parser.add_argument("--search", action="store_true", help="also the largest batches")
     parser.add_argument("--steps", default=",".join(STEPS), help="of the configs, by comma")
     parser.add_argument("--tables", action="store_true", help="print what is there already")
     parser.add_argument(
@@ -321,13 +321,7 @@ def main() -> None:
     found["versions"] = {n: importlib.metadata.version(n) for n in ("jax", "libtpu")}
     for name, topology in CONFIGS:
         if name in chosen:
-            every_step = options.steps.split(",")
-            searched = [step for step in every_step if step == "train" and options.search]
-            one: dict = {}
-            for steps in (searched, [step for step in every_step if step not in searched]):
-                if steps:
-                    more = compiled(name, topology, ",".join(steps), search=steps == searched)
-                    one = more | {"steps": one.get("steps", {}) | more["steps"]}
+            one = compiled(name, topology, options.steps, search=options.search)
             known = found.setdefault("configs", {}).get(name, {}).get("steps", {}) | one["steps"]
             one["steps"] = {step: known[step] for step in STEPS if step in known}
             found["configs"][name] = one

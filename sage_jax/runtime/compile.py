@@ -386,7 +386,10 @@ def _with_largest(
         said = (str(e).splitlines() or [""])[0][:200]
         note = f"The largest batch is not known, for the compiler failed on another one: {said}"
         return dataclasses.replace(report, note=f"{report.note} {note}".strip())
-    return dataclasses.replace(report, largest_batch=most, search_compilations=tried)
+    note = report.note
+    if most >= fit.MOST * report.pairs:
+        note = f"{note} The search ended at {fit.MOST} times the batch: more may fit.".strip()
+    return dataclasses.replace(report, largest_batch=most, search_compilations=tried, note=note)
 
 
 def run_mode(

@@ -49,6 +49,7 @@ from sage_jax.runtime import (
 from sage_jax.runtime import mesh as meshes
 
 STEPS = ("train", "score", "eval", "sample")
+LARGEST = 4096  # pairs or prompts in a step, of those that are tried
 MARGIN = 0.05  # of the usable memory that has to stay free: fragmentation, the runtime's own
 _ALLOCATED = re.compile(r"required for [^(]*\(([\d.]+)([KMGT]?)\)|Used ([\d.]+)([KMGT]?)B? of")
 
@@ -345,8 +346,9 @@ def out_of_memory(said: str) -> float | None:
 def largest(
     name: str, run: config.Run, mesh: jax.sharding.Mesh, machine: targets.Target,
     known: compile_report.StepReport, pairs: planned.Pairs | None = None,
-) -> tuple[int, int]:  # fmt: skip
-    """The most pairs a step that fit the machine, and how many compilations it took to know.
+) -> tuple[int, int, bool]:  # fmt: skip
+    """The most pairs a step that fit the machine, how many compilations it took to know, and
+    whether more than these `LARGEST` may fit.
 
     Raises:
         jax.errors.JaxRuntimeError: the compiler fails on a batch of another size.
@@ -368,8 +370,9 @@ def largest(
         machine.usable_bytes * (1 - MARGIN),
         now=max(1, round(now / unit)),
         bytes_now=known.total_bytes,
+        most=LARGEST // unit,
     )
-    return units * unit, tried
+    return units * unit, tried, units >= LARGEST // unit
 
 
 def _with_largest(
@@ -381,14 +384,14 @@ def _with_largest(
 ) -> compile_report.StepReport:
     """A step's report with the largest batch that fits, or with why it is not known."""
     try:
-        most, tried = largest(report.name, run, mesh, machine, report, pairs)
+        most, tried, more = largest(report.name, run, mesh, machine, report, pairs)
     except jax.errors.JaxRuntimeError as e:  # the compiler's own error, on a batch of another size
         said = (str(e).splitlines() or [""])[0][:200]
         note = f"The largest batch is not known, for the compiler failed on another one: {said}"
         return dataclasses.replace(report, note=f"{report.note} {note}".strip())
     note = report.note
-    if most >= fit.MOST * report.pairs:
-        note = f"{note} The search ended at {fit.MOST} times the batch: more may fit.".strip()
+    if more:
+        note = f"{note} The search ends at {LARGEST} pairs or prompts: more may fit.".strip()
     return dataclasses.replace(report, largest_batch=most, search_compilations=tried, note=note)
 
 

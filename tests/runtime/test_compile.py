@@ -128,10 +128,12 @@ def test_the_largest_batch_fits_and_one_step_more_does_not(config_file, monkeypa
     monkeypatch.setattr(compiler, "compile_step", fake)
     monkeypatch.setattr(targets.Target, "usable_bytes", property(lambda self: 1000.0))
     known = fake(compiler.make_step("train", run, mesh), machine)
-    most, tried = compiler.largest("train", run, mesh, machine, known)
+    most, tried, more = compiler.largest("train", run, mesh, machine, known)
     limit = 1000 * (1 - compiler.MARGIN)
     assert most % 8 == 0 and 30 + 2.5 * most <= limit < 30 + 2.5 * (most + 8)
-    assert tried <= 3
+    assert tried <= 3 and not more
+    monkeypatch.setattr(compiler, "LARGEST", 64)
+    assert compiler.largest("train", run, mesh, machine, known)[::2] == (64, True)
 
 
 def steps_of(config_file, **settings) -> compiler.Lowered:

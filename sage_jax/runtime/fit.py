@@ -28,6 +28,8 @@ def largest(
 
     >>> largest(lambda units: 30.0 + 2.5 * units, 1000.0, now=4, bytes_now=40.0, most=999)
     (388, 2)
+    >>> largest(lambda units: 9.0 + max(units - 2, 0) ** 2, 99.0, now=1, bytes_now=9.0, most=64)
+    (3, 3)
     >>> largest(lambda units: 30.0, 1000.0, now=4, bytes_now=30.0, most=64)
     (64, 2)
     """
@@ -55,6 +57,6 @@ def largest(
         if fits(guess):
             best = guess
             break
-        over = known[guess] - limit
-        guess = max(best, guess - max(1, math.ceil(over / slope)))
+        slope = (known[guess] - known[best]) / (guess - best)  # above 0: one fits, one does not
+        guess = min(guess - 1, best + int((limit - known[best]) / slope))
     return best, tried

@@ -372,7 +372,7 @@ def largest(
         bytes_now=known.total_bytes,
         most=LARGEST // unit,
     )
-    return units * unit, tried, units >= LARGEST // unit
+    return units * unit, tried, 0 < LARGEST // unit <= units
 
 
 def _with_largest(

@@ -1,14 +1,15 @@
 """How fast is a DPO step beside TRL's?
 
-    python benchmarks/vs_trl.py --pairs=32 --batch-pairs=4 --dtype=bfloat16         # CPU, 135 M
+    python benchmarks/vs_trl.py --pairs=32 --batch-pairs=4 --dtype=bfloat16 \\
+        --trl=float32:1,bfloat16:1,bfloat16:4                                       # CPU, 135 M
     python benchmarks/vs_trl.py --model=qwen2p5_1p5b --apart --trl=bfloat16:8,autocast:8   # a GPU
 
 Both train all weights with AdamW and gradient clipping on the same pairs in the same steps, from
 random weights of the same architecture, with reference log-probabilities computed beforehand.
 TRL gets the settings that are fastest on this machine: each of `--trl` (compute dtype and pairs in
 a micro-batch; the latter trades padding for size) takes a turn first, and the best goes into the
-race. A turn is all pairs once (or `--steps`), and the first one, which warms every length of rows up,
-is not counted; nor is compilation.
+race. A turn is all pairs once (or `--steps`); the first one, which warms up every length of rows,
+is not counted, nor is compilation.
 """
 
 from __future__ import annotations

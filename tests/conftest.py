@@ -1,6 +1,7 @@
 """Every test sees eight CPU devices; one device is the default place of work."""
 
 import atexit
+import importlib.metadata
 import os
 import shutil
 import tempfile
@@ -9,8 +10,13 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-# Most of a test's time is LLVM's, on programs that run once: half of it is enough for them.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+# Most of a test's time is the compiler's, on programs that run once: half of it is enough for them,
+# in one module of LLVM rather than 32. And jax 0.10 still has XLA's emitters of old, which compile
+# in a third of the time; later versions do not know the flag, and end at one that they do not know.
+LESS = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    LESS.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *LESS])
 
 import jax
 

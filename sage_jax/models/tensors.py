@@ -28,6 +28,11 @@ def shapes(spec: spec_lib.ModelSpec) -> dict[str, tuple[int, ...]]:
 
 def abstract(spec: spec_lib.ModelSpec) -> Any:
     """The parameter tree of a model as `jax.ShapeDtypeStruct`s, without building it."""
+    return jax.tree.map(lambda leaf: leaf, _abstract(spec))  # what is cached stays as it is
+
+
+@functools.lru_cache(maxsize=16)  # a trace of the decoder, which loading and exporting ask for often
+def _abstract(spec: spec_lib.ModelSpec) -> Any:
     return jax.eval_shape(decoder.Model(spec).init, jax.random.key(0))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 from typing import TYPE_CHECKING, Any
@@ -52,6 +53,10 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
         )
     import transformers
 
+    if _is_generic(where):
+        return transformers.PreTrainedTokenizerFast.from_pretrained(
+            str(where), local_files_only=True
+        )
     tokenizer = transformers.AutoTokenizer.from_pretrained(
         str(where), local_files_only=True, trust_remote_code=False
     )
@@ -61,6 +66,19 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
             f"its tokenizer.json."
         )
     return tokenizer
+
+
+def _is_generic(where: pathlib.Path) -> bool:
+    """Whether the files themselves name the class that reads tokenizer.json and nothing else.
+
+    `AutoTokenizer` would find the same one, but only after it has imported every model's config,
+    and with them torch where that is installed: seconds of every start.
+    """
+    file = where / "tokenizer_config.json"
+    if not file.exists() or not (where / "tokenizer.json").exists():
+        return False
+    fields = json.loads(file.read_text(encoding="utf-8"))
+    return fields.get("tokenizer_class") == "TokenizersBackend" and "auto_map" not in fields
 
 
 def _from_gguf(file: pathlib.Path) -> PreTrainedTokenizerFast:

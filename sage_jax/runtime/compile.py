@@ -32,6 +32,7 @@ from sage_jax.models import (
     quantised,
     sources,
     spec,
+    tensors,
 )
 from sage_jax.runtime import (
     ahead,
@@ -65,7 +66,7 @@ def abstract_policy(run: config.Run, mesh: jax.sharding.Mesh) -> setup.Policy:
     `model.path` may be "spec:NAME", a directory of which only config.json is read, or "new".
     """
     model = setup.on_mesh(run, decoder.Model(model_spec(run)), mesh)
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    shapes = tensors.abstract(model.spec)
     base = placed(shapes, meshes.shardings(shapes, mesh))
     policy = setup.Policy(model, base, None, "", mesh)
     settings = setup.lora_settings(run)

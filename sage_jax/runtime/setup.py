@@ -17,7 +17,7 @@ import numpy as np
 
 from sage_jax import config, head, logprobs, losses, scores, step
 from sage_jax.data import encode, steps
-from sage_jax.models import attention, decoder, quantised, spec
+from sage_jax.models import attention, decoder, quantised, spec, tensors
 from sage_jax.models import lora as adapters
 from sage_jax.runtime import chips, hosts
 from sage_jax.runtime import mesh as meshes
@@ -104,7 +104,7 @@ def _together(
     """How sampling brings the weights together; None where they take more than a quarter of it."""
     if mesh.size == mesh.shape["data"] * mesh.shape["tensor"]:
         return None  # they are together
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    shapes = tensors.abstract(model.spec)
     dtype = decoder.DTYPES[run.model.dtype]
     size = sum(x.size for x in jax.tree.leaves(shapes)) * jnp.dtype(dtype).itemsize
     room = memory_limit(mesh.devices.flat[0]) or 2**30  # a CPU's devices share the host's memory

@@ -31,7 +31,7 @@ def abstract(spec: spec_lib.ModelSpec) -> Any:
     return jax.tree.map(lambda leaf: leaf, _abstract(spec))  # what is cached stays as it is
 
 
-@functools.lru_cache(maxsize=16)  # a trace of the decoder, which loading and exporting ask for often
+@functools.lru_cache(maxsize=16)  # a trace of the decoder, which loading asks for often
 def _abstract(spec: spec_lib.ModelSpec) -> Any:
     return jax.eval_shape(decoder.Model(spec).init, jax.random.key(0))
 

@@ -2,11 +2,15 @@
 
 import importlib.util
 import itertools
+import json
+import subprocess
+import sys
 
 import gguf
 import jax
 import numpy as np
 import pytest
+import transformers
 
 from sage_jax import models
 
@@ -190,3 +194,24 @@ def test_what_cannot_be_rebuilt_is_refused_by_name(tmp_path):
         models.load_tokenizer(file)
     with pytest.raises(ValueError, match=r"holds no tokenizer\.json"):
         models.load_tokenizer(tmp_path)
+
+
+# ---------------------------------------------------------------------------------- tokenizer.json
+
+
+def test_a_tokenizer_of_tokenizer_json_alone_is_that_of_transformers_without_torch():
+    directory = models.__path__[0] + "/../assets/quickstart"
+    code = (
+        "import json, sys; from sage_jax import models; t = models.load_tokenizer(sys.argv[1]); "
+        "assert 'torch' not in sys.modules; "
+        "print(json.dumps([t('12+34=46')['input_ids'], t.special_tokens_map, t.chat_template, "
+        "type(t).__name__]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, directory], check=True, capture_output=True, text=True
+    )
+    whole = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    assert json.loads(done.stdout) == [
+        whole("12+34=46")["input_ids"], whole.special_tokens_map, whole.chat_template,
+        type(whole).__name__,
+    ]  # fmt: skip

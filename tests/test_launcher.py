@@ -139,6 +139,36 @@ def test_data_that_cannot_be_trained_on_is_refused_by_file_and_line(rows, capsys
     refused([*command, f"--config.eval.problems={problems}"], said, capsys)
 
 
+def test_token_ids_that_the_model_does_not_have_are_refused_by_file_and_line(rows, capsys):
+    good = {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}
+    bad = rows(good, good | {"rejected_ids": [4, 512]}, name="ids.jsonl")
+    command = [CONFIG, "--workdir=run", *settings(**{"train.batch_pairs": 1})]
+    for mode, key in (("train", "train"), ("score", "train"), ("eval", "eval")):
+        refused([mode, *command, f"--config.data.{key}={bad}"], "ids.jsonl:2: token id 512", capsys)
+
+
+def test_pairs_of_other_writers_keep_three_quarters_of_a_pool(rows, capsys):
+    pair = {"prompt": "1+1=", "chosen": "2", "rejected": "3"}
+    long = {"prompt": "1+" * 600 + "1=", "chosen": "601", "rejected": "2"}
+    data = {"data.train": rows(*[pair] * 40, *[long] * 2), "curriculum.pool_size": 50}
+    said = r"31 is more than the 30 pairs selected from a pool of 40; left out: 2 prompt reaches"
+    argv = ["train", CONFIG, "--workdir=run"]
+    more = {"train.batch_pairs": 31, "data.limit": 0}
+    refused([*argv, *settings(**data, **more)], said, capsys)
+
+
+@pytest.mark.slow
+def test_a_random_twin_keeps_the_share_of_the_run_whatever_the_data(rows, tmp_path):
+    data = rows(*({"prompt": f"{i}+1=", "chosen": str(i + 1), "rejected": "0"} for i in range(40)))
+    changes = {"selection.name": "gradient", "compare.random": True, "data.train": data,
+               "eval.problems": "", "eval.kl_prompts": 0}  # fmt: skip
+    assert launcher.main(["train", CONFIG, "--workdir=run", *settings(**changes)]) == 0
+    run, twin = (
+        writers.read_rows(tmp_path / "run" / name / "metrics.jsonl") for name in ("", "random")
+    )
+    assert run[0]["selection/selected"] == twin[0]["selection/selected"] == 5
+
+
 def test_a_kernel_of_other_devices_is_refused_before_anything_is_written(capsys):
     argv = ["train", CONFIG, "--workdir=w", "--config.model.attention=splash"]
     refused(argv, r"'splash' is a kernel for TPUs, .* Use 'auto', or 'blocks'", capsys)
@@ -364,6 +394,13 @@ def test_score_writes_the_rows_that_the_selection_rule_keeps_unchanged(tmp_path,
     assert all(row["reward_margin"] == 0 for row in found)
     assert launcher.main(argv) == 2
     assert "scores.jsonl exists. Name another --workdir" in capsys.readouterr().err
+
+
+def test_score_leaves_the_directory_of_another_run_alone(trained, capsys):
+    before = (trained / "config.json").read_text()
+    assert launcher.main(["score", CONFIG, f"--workdir={trained}", *settings()]) == 2
+    assert "config.json exists. Name another --workdir" in capsys.readouterr().err
+    assert (trained / "config.json").read_text() == before
 
 
 def test_score_against_another_reference_gives_reward_margins(trained, tmp_path):

@@ -72,6 +72,7 @@ def score(run: config.Run, workdir: pathlib.Path) -> int:
     setup.check_sides(pairs, "data.train")
     rounds.rule_column(run, pairs)
     policy = setup.load_policy(run, mesh, tokenizer)
+    setup.check_ids(pairs, policy)
     other = setup.load_reference(run, policy, mesh)
     passes = forward.Passes(policy, mesh, *sharing.shapes(run, policy.model, mesh, pairs))
     stats = forward.stored_stats(run, policy, passes, pairs, "scoring")
@@ -125,9 +126,11 @@ def moved(
 
 
 def _check_new(workdir: pathlib.Path) -> None:
-    for name in ("scores.jsonl", "selected.jsonl"):
+    for name in ("scores.jsonl", "selected.jsonl", "config.json"):  # the last: of any other run
         if (workdir / name).exists():
-            raise ValueError(f"{workdir / name} exists. Name another --workdir.")
+            raise ValueError(
+                f"{workdir / name} exists. Name another --workdir; nothing was overwritten."
+            )
 
 
 def _raw_rows(run: config.Run) -> list[Any]:

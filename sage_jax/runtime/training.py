@@ -76,7 +76,7 @@ def _load(run: config.Run, mesh: jax.sharding.Mesh, mode: str) -> _Parts:
     attention.Placement(run.model.attention, mesh).check()
     tokenizer = setup.load_tokenizer(run)
     pairs = setup.load_pairs(run, tokenizer, run.data.train)
-    setup.check_pairs(run, pairs, sft=mode == "sft")
+    setup.check_pairs(config.settle_data(run, pairs.columns), pairs, sft=mode == "sft")
     held_out = setup.load_pairs(run, tokenizer, run.data.eval) if run.data.eval else None
     if held_out is not None and mode == "train":
         setup.check_sides(held_out, "data.eval")
@@ -89,6 +89,8 @@ def _load(run: config.Run, mesh: jax.sharding.Mesh, mode: str) -> _Parts:
         resample_plan.settled(run, pairs)
         asked = resample_plan.load_problems(run, tokenizer, problems, held_out)
     policy = setup.load_policy(run, mesh, tokenizer)
+    for data in (pairs, held_out) if held_out is not None else (pairs,):
+        setup.check_ids(data, policy)
     other = setup.load_reference(run, policy, mesh)
     return _Parts(policy, other, pairs, held_out, problems, asked)
 
@@ -111,6 +113,7 @@ def fit(run: config.Run, workdir: pathlib.Path, mode: str) -> int:
     keep_programs(run, workdir)
 
     policy, pairs, held_out = parts.policy, parts.pairs, parts.held_out
+    run = config.settle_data(run, pairs.columns)  # before the twins, which keep the same share
     share = sharing.shares_prompts(run, policy.model, pairs)
     lengths = pairs.row_lengths(share)
     if held_out is not None:
@@ -221,14 +224,11 @@ def _describe(run: config.Run, parts: _Parts, workdir: pathlib.Path) -> None:
     frozen = f" on {below:.2f} M frozen ones, held in {run.lora.base}" if below else ""
     pairs, held = parts.pairs, parts.problems
     unit = "rows" if run.loss.name == "sft" else "pairs"
-    lost = [f"{n} {why}" for why, n in pairs.dropped.items() if n]
-    lost += [f"{n} bad rows: {why}" for why, n in pairs.skipped.items() if n]
-    left_out = f"; left out: {', '.join(lost)}" if lost else ""
     lines = [
         ("model", f"{run.model.path}: {parts.policy.model.spec.family}, {size / 1e6:.2f} M "
                   f"parameters{frozen}"),
         ("data", f"{len(pairs)} {unit}, {pairs.lengths_N2.sum() / len(pairs):.0f} tokens each"
-                 f"{left_out}"),
+                 f"{setup.left_out(pairs)}"),
     ]  # fmt: skip
     if held is not None:
         text = f"{len(held.problems)} problems of {run.eval.problems}"

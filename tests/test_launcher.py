@@ -1,8 +1,11 @@
 """The command as a user meets it: every mode on the shipped model, and every wrong command."""
 
 import json
+import os
 import pathlib
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -312,6 +315,8 @@ def test_settings_may_be_corrected_until_the_first_row(tmp_path, capsys):
     command = ["train", CONFIG, "--workdir=run", "--config.model.path=none"]
     assert launcher.main(command) == 2
     assert "'none' does not exist" in capsys.readouterr().err  # so it came past the comparison
+    assert launcher.main(["sft", *command[1:]]) == 2  # and the mode, too
+    assert "'none' does not exist" in capsys.readouterr().err
     (run / "metrics.jsonl").write_text('{"step": 0}\n')
     assert launcher.main(command) == 2
     assert "config.seed was 5, now 0" in capsys.readouterr().err
@@ -438,6 +443,18 @@ def test_sample_writes_verified_pairs_once(tmp_path, capsys):
     assert f"{len(pairs)} pairs from" in capsys.readouterr().out
     assert launcher.main(argv) == 2
     assert "pairs.jsonl exists" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_of_the_help_gets_no_traceback():
+    for command in ("sage_jax --help", "sage_jax.config"):
+        read, write = os.pipe()
+        os.close(read)
+        run = subprocess.run(
+            [sys.executable, "-m", *command.split()], stdout=write, stderr=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=120,
+        )  # fmt: skip
+        os.close(write)
+        assert run.stderr == b""
 
 
 @pytest.mark.slow

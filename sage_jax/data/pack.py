@@ -293,7 +293,8 @@ def collate(
       encoded: the data set.
       pair_RS: int [R, S], indices of pairs, -1 for an empty slot.
       row_length: tokens in a row.
-      ref_logps_N2: float [N, 2], reference log-probabilities in nats; 0 if None.
+      ref_logps_N2: float [N, 2], reference log-probabilities in nats; nan if None, so that a loss
+        that needs them is nan, and not that of a reference that finds everything certain.
       weight_N: float [N], weights of the pairs in the loss; 1 if None.
       share: both completions of a pair share one prompt, see `batch.Shared`; the plan has to be
         made with the lengths `encoded.row_lengths(True)`.
@@ -311,7 +312,8 @@ def collate(
     filled = pair_RS >= 0
     index = np.where(filled, pair_RS, 0)
     weight = np.ones(len(encoded)) if weight_N is None else np.asarray(weight_N)
-    ref = np.zeros((len(encoded), 2)) if ref_logps_N2 is None else np.asarray(ref_logps_N2)
+    unknown = ref_logps_N2 is None
+    ref = np.full((len(encoded), 2), np.nan) if unknown else np.asarray(ref_logps_N2)
     return out._replace(
         pair_RS=pair_RS.astype(np.int32),
         ref_logps_RS2=np.where(filled[..., None], ref[index], 0).astype(np.float32),

@@ -51,8 +51,9 @@ def _check_workdir(run: config.Run, workdir: pathlib.Path, mode: str) -> None:
         raise ValueError(f"--workdir={workdir} is a file. Name a directory.")
     if path.exists():
         before = json.loads(path.read_text())
-        # A run that ended before its first row has nothing to lose: the settings may be corrected.
-        if before["mode"] != mode or writers.read_rows(workdir / "metrics.jsonl"):
+        # A training that ended before its first row has nothing to lose: its settings and its mode
+        # may be corrected.
+        if before["mode"] not in MODES or writers.read_rows(workdir / "metrics.jsonl"):
             loop.refuse_changes(before, now, workdir)
     elif workdir.exists() and any(workdir.iterdir()):
         raise ValueError(
@@ -189,6 +190,7 @@ def keep_programs(run: config.Run, workdir: pathlib.Path) -> None:
     compilation_cache.reset_cache()  # what has compiled before has noted that there is no cache
 
 
+MODES = ("train", "sft")  # those that come here
 TWINS = ("uniform", "random")  # what a run can be compared with: config.compare
 
 

@@ -112,7 +112,7 @@ def test_a_full_disk_is_told_with_the_file_and_leaves_nothing_half_written(tmp_p
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left.*config.json"):
+    with pytest.raises(OSError, match=r"No space left.*config\.json"):
         writers.write_json(tmp_path / "config.json", {"steps": 3})
     assert list(tmp_path.iterdir()) == []  # what is left would make this a directory of another
 

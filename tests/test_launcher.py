@@ -1,5 +1,6 @@
 """The command as a user meets it: every mode on the shipped model, and every wrong command."""
 
+import datetime
 import json
 import os
 import pathlib
@@ -10,6 +11,8 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from sage_jax import __main__ as launcher
@@ -406,6 +409,19 @@ def test_score_leaves_the_directory_of_another_run_alone(trained, capsys):
     assert launcher.main(["score", CONFIG, f"--workdir={trained}", *settings()]) == 2
     assert "config.json exists. Name another --workdir" in capsys.readouterr().err
     assert (trained / "config.json").read_text() == before
+
+
+def test_score_says_before_the_pass_which_column_of_parquet_json_cannot_hold(tmp_path, capsys):
+    rows = [json.loads(line) for line in PAIRS.read_text().splitlines()[:40]]
+    rows = [row | {"when": datetime.date(2026, 1, 2)} for row in rows]
+    pq.write_table(pa.Table.from_pylist([row | {"image": b"x"} for row in rows]), "a.parquet")
+    argv = ["score", CONFIG, "--workdir=out", *settings()]
+    said = "a.parquet:1: column 'image' is a bytes"
+    refused([*argv, "--config.data.train=a.parquet"], said, capsys)
+    pq.write_table(pa.Table.from_pylist(rows), "b.parquet")
+    assert launcher.main([*argv, "--config.data.train=b.parquet"]) == 0
+    kept = writers.read_rows(tmp_path / "out/selected.jsonl")
+    assert kept and all(row["when"] == "2026-01-02" for row in kept)
 
 
 def test_score_against_another_reference_gives_reward_margins(trained, tmp_path):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
+import decimal
+import json
 import pathlib
 from typing import Any
 
@@ -68,6 +71,7 @@ def score(run: config.Run, workdir: pathlib.Path) -> int:
     mesh = setup.make_mesh(run)
     tokenizer = setup.load_tokenizer(run)
     pairs = setup.load_pairs(run, tokenizer, run.data.train)
+    hosts.on_first(lambda: _check_rows(run))
     run = config.settle_data(run, pairs.columns)
     setup.check_sides(pairs, "data.train")
     rounds.rule_column(run, pairs)
@@ -149,6 +153,26 @@ def _raw_rows(run: config.Run) -> list[Any]:
     return [row for row in rows if usable(row)]
 
 
+def _text(value: Any) -> str:
+    """What JSON has no form for and is plain text elsewhere: dates, times and exact decimals."""
+    if isinstance(value, datetime.date | datetime.time | datetime.timedelta | decimal.Decimal):
+        return str(value)
+    raise TypeError(f"is a {type(value).__name__}")
+
+
+def _check_rows(run: config.Run) -> None:
+    """Whether JSON holds the rows of the source, which may be Parquet, before they are scored."""
+    for origin, row in records.raw(setup.sources(run, run.data.train)):
+        for column, value in row.items() if isinstance(row, dict) else ():
+            try:
+                json.dumps(value, default=_text)
+            except TypeError as e:
+                raise ValueError(
+                    f"{origin}: column {column!r} {e}, which selected.jsonl cannot hold. Leave the "
+                    f"column out of the data; scores.jsonl names each row by file and line."
+                ) from e
+
+
 def _write(workdir, run, pairs: encode.EncodedPairs, stats, found: scores.PairScores, stratum_N,
            priority_N: np.ndarray, chosen: selection.Selection) -> None:  # fmt: skip
     workdir.mkdir(parents=True, exist_ok=True)
@@ -170,9 +194,10 @@ def _write(workdir, run, pairs: encode.EncodedPairs, stats, found: scores.PairSc
         if row["selected"]:
             kept.append(raw[pairs.row_N[i]])
     pair_makers.write_jsonl(workdir / "scores.jsonl", rows)
-    pair_makers.write_jsonl(workdir / "selected.jsonl", kept)
+    pair_makers.write_jsonl(workdir / "selected.jsonl", kept, default=_text)
     writers.write_json(workdir / "config.json", {"mode": "score"} | config.as_dict(run))
-    counts = np.unique(chosen.reason_P, return_counts=True)
+    found_why = np.where(chosen.selected_P, "selected: ", "left out: ") + chosen.reason_P
+    counts = np.unique(found_why, return_counts=True)
     print(progress.table(["why", "pairs"], [[w, str(n)] for w, n in zip(*counts, strict=True)]))
     print(f"\nscores   {workdir / 'scores.jsonl'}\nselected {workdir / 'selected.jsonl'} "
           f"({len(kept)} of {len(rows)} rows, unchanged)")  # fmt: skip

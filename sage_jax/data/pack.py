@@ -303,7 +303,25 @@ def collate(
 
     Returns:
       A batch of numpy arrays.
+
+    Raises:
+      ValueError: an array of another shape.
     """
+    if pair_RS.ndim != 2:
+        raise ValueError(
+            f"pair_RS has the shape {list(pair_RS.shape)} and has to be [R, S], one batch of a "
+            f"plan [K, R, S]: plan[0]."
+        )
+    count = len(encoded)
+    for name, given, wanted in (
+        ("ref_logps_N2", ref_logps_N2, (count, 2)),
+        ("weight_N", weight_N, (count,)),
+    ):
+        if given is not None and np.shape(given) != wanted:
+            raise ValueError(
+                f"{name} has the shape {list(np.shape(given))}; for {count} pairs it has to be "
+                f"{list(wanted)}, one row a pair of the data set and not of the batch."
+            )
     rows, slots = pair_RS.shape
     out = batch.empty(rows, row_length, slots)
     told = layout.shared(encoded, pair_RS, out, keys) if share else None

@@ -105,6 +105,20 @@ def test_without_reference_log_probs_a_loss_that_needs_them_is_no_number():
         assert np.isfinite(value).tolist() == [known, True]  # an empty slot is 0, as ever
 
 
+@pytest.mark.parametrize(
+    ("pair", "options", "message"),
+    [
+        ([[[0, 1]]], {}, r"\[1, 1, 2\] and has to be \[R, S\]"),
+        ([[0, 1]], {"ref_logps_N2": np.zeros(2)}, r"ref_logps_N2 .*\[2\]; .* \[2, 2\]"),
+        ([[0]], {"ref_logps_N2": np.zeros((1, 1, 2))}, r"ref_logps_N2 .*\[1, 1, 2\]"),
+        ([[0]], {"weight_N": np.ones(1)}, r"weight_N .*\[1\]; for 2 pairs"),
+    ],
+)
+def test_collate_refuses_arrays_of_other_shapes(pair, options, message):
+    with pytest.raises(ValueError, match=message):
+        pack.collate(make_pairs([(4, 4), (3, 3)]), np.array(pair), 16, **options)
+
+
 @hypothesis.given(lengths, st.integers(1, 5))
 @hypothesis.settings(deadline=None, max_examples=40)
 def test_collating_and_reading_back_gives_every_sequence(lengths_N2, slots):

@@ -49,7 +49,8 @@ something does not fit; --length_mean=TOKENS (of a prompt and one answer), --len
 when its command is given again. Every setting and its default: python -m sage_jax.config
 
 On several hosts the command is the same on each. TPU slices, SLURM, Kubernetes and MPI say who
-takes part; elsewhere --coordinator=HOST:PORT --num_processes=N --process_id=I do.
+takes part; elsewhere --coordinator=HOST:PORT --num_processes=N --process_id=I do. A run
+begins when all of them are there, and ends when one is not within --join_timeout=50 seconds.
 
 example:
   sage-jax train --config=configs/quickstart.py --workdir=runs/quickstart --config.optim.lr=1e-4"""
@@ -101,6 +102,7 @@ def parse(argv: list[str]) -> tuple[str, Any, pathlib.Path | None]:
         UsageError: an unknown mode or flag, a missing file, an unknown key, a mistyped value.
     """
     from sage_jax import config as settings
+    from sage_jax.runtime import hosts
 
     mode = argv[0] if argv else ""
     if mode not in MODES:
@@ -121,7 +123,8 @@ def parse(argv: list[str]) -> tuple[str, Any, pathlib.Path | None]:
             hint = settings.nearest(name.removeprefix("config."), known)
             raise UsageError(f"{argument}: there is no key {name}. The nearest is config.{hint}.")
         if not name.startswith("config.") and name not in ("config", "workdir"):
-            near = difflib.get_close_matches(name, ["config", "workdir"], n=1, cutoff=0.0)
+            flags = ["config", "workdir", *hosts.FLAGS]
+            near = difflib.get_close_matches(name, flags, n=1, cutoff=0.0)
             raise UsageError(f"--{name} is not a flag. Did you mean --{near[0]}?")
         if not equals:
             raise UsageError(f"--{name} needs a value: --{name}=...")
@@ -298,21 +301,21 @@ def main(argv: list[str]) -> int:
 
 def _run(argv: list[str]) -> int:
     """Joins the other processes, if there are any, and runs the mode."""
-    from sage_jax import config as settings
     from sage_jax.runtime import hosts
 
+    own: dict[str, Any] = {}
     if argv[0] in OWN_FLAGS:  # a command of one process, whatever machine it is typed on
         argv, own = take_own_flags(argv)
-        mode, config, workdir = parse(argv)
-        modes = importlib.import_module("sage_jax.runtime.modes")
-        return getattr(modes, mode)(settings.resolve(config), workdir, **own)
-    argv, given = hosts.take_flags(argv)
-    hosts.start(given)
+    else:  # before all that can fail on one of them alone: a failure then reaches the others
+        argv, given, wait = hosts.take_flags(argv)
+        hosts.start(given, wait)
+    from sage_jax import config as settings
+
     mode, config, workdir = parse(argv)
     run = settings.resolve(config)
     hosts.same("settings", (mode, settings.as_dict(run), str(workdir)))
     modes = importlib.import_module("sage_jax.runtime.modes")
-    return getattr(modes, mode)(run, workdir)
+    return getattr(modes, mode)(run, workdir, **own)
 
 
 def _defect(error: Exception) -> int:

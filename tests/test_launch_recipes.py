@@ -12,6 +12,7 @@ import pytest
 
 from sage_jax import __main__ as launcher
 from sage_jax import config
+from sage_jax.runtime import hosts
 
 RECIPES = pathlib.Path(__file__).parent.parent / "docs" / "launch"
 
@@ -84,7 +85,8 @@ def test_slurm_lets_a_preempted_run_save_and_queues_it_again(cluster):
 
 def settings(arguments: list[str]) -> config.Run:
     """What the launcher makes of a command line: every flag and key exists and is checked."""
-    mode, found, _ = launcher.parse(arguments)
+    rest, _, _ = hosts.take_flags(arguments, {})
+    mode, found, _ = launcher.parse(rest)
     assert mode == "train"
     return config.resolve(found)
 

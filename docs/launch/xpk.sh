@@ -13,7 +13,8 @@ set -euo pipefail
 train=(
   sage-jax train "--config=$CONFIG" "--workdir=/bucket/runs/$NAME"
   "--config.model.path=${MODEL:-/bucket/model}" "--config.data.train=${DATA:-/bucket/pairs.jsonl}"
-  "--config.checkpoint.directory=gs://$BUCKET/checkpoints/$NAME" "$@"
+  "--config.checkpoint.directory=gs://$BUCKET/checkpoints/$NAME"
+  --join_timeout=900 "$@" # a pod on a new node pulls its image first
 )
 command=(
   xpk workload create --cluster="$CLUSTER" --zone="$ZONE" --workload="$NAME" --tpu-type="$TYPE"

@@ -28,9 +28,11 @@ import numpy as np
 T = TypeVar("T")
 
 HEARTBEAT = 30  # seconds without a sign of life after which jax ends the run; its default is 100
+JOIN = 50  # seconds in which all have to be there; a pod that first pulls its image needs more
 _FAILURE, _SEEN, _END = "sage_jax/failure", "sage_jax/seen", "sage_jax/end"
 _DAY_MS = 24 * 3600 * 1000
-FLAGS = ("coordinator", "num_processes", "process_id")
+_WHO = ("coordinator", "num_processes", "process_id")
+FLAGS = (*_WHO, "join_timeout")
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
@@ -120,21 +122,23 @@ def _last_line(text: str) -> str:
 
 def take_flags(
     argv: list[str], environ: Mapping[str, str] = os.environ
-) -> tuple[list[str], Launch | None]:
-    """Takes `--coordinator`, `--num_processes` and `--process_id` out of a command line.
+) -> tuple[list[str], Launch | None, int]:
+    """Takes what says how to join the other processes out of a command line.
 
-    What is not given there is read from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+    These are `--coordinator`, `--num_processes`, `--process_id` and `--join_timeout`. Of the first
+    three, what is not given is read from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
     JAX_PROCESS_ID.
 
     Returns:
-        The rest of the arguments, and who takes part; None where nothing says it.
+        The rest of the arguments; who takes part, None where nothing says it; and for how many
+        seconds to wait for the others.
 
     Raises:
         ValueError: some of the three without the others, or numbers that are none.
 
     >>> take_flags(["train", "--coordinator=10.0.0.1:9876", "--num-processes=2",
     ...             "--process_id", "1"], {})
-    (['train'], Launch(coordinator='10.0.0.1:9876', num_processes=2, process_id=1))
+    (['train'], Launch(coordinator='10.0.0.1:9876', num_processes=2, process_id=1), 50)
     """
     given: dict[str, str] = {}
     rest: list[str] = []
@@ -151,11 +155,14 @@ def take_flags(
                 waiting = name
         else:
             rest.append(argument)
-    known = {flag: environ[v] for flag, v in zip(FLAGS, _VARIABLES, strict=True) if v in environ}
-    if not given and not waiting and len(known) < len(FLAGS):
-        return rest, None  # some of them alone are completed by what the cluster says
+    wait = given.pop("join_timeout", str(JOIN))
+    if waiting == "join_timeout" or not wait.isdigit() or int(wait) < 1:
+        raise ValueError(f"--join_timeout={wait if not waiting else ''} has to be whole seconds.")
+    known = {flag: environ[v] for flag, v in zip(_WHO, _VARIABLES, strict=True) if v in environ}
+    if not given and not waiting and len(known) < len(_WHO):
+        return rest, None, int(wait)  # some of them alone are completed by what the cluster says
     given = known | given
-    missing = [flag for flag in FLAGS if flag not in given] + ([waiting] if waiting else [])
+    missing = [flag for flag in _WHO if flag not in given] + ([waiting] if waiting else [])
     if missing:
         raise ValueError(
             f"--{missing[0]} is missing. Give --coordinator=HOST:PORT of the first process, "
@@ -164,7 +171,7 @@ def take_flags(
     if not re.fullmatch(r".+:\d+", given["coordinator"]):
         raise ValueError(f"--coordinator={given['coordinator']} is not HOST:PORT.")
     try:
-        found = Launch(given["coordinator"], *(int(given[flag]) for flag in FLAGS[1:]))
+        found = Launch(given["coordinator"], *(int(given[flag]) for flag in _WHO[1:]))
     except ValueError as e:
         raise ValueError(
             f"--num_processes={given['num_processes']} and --process_id={given['process_id']} "
@@ -175,7 +182,7 @@ def take_flags(
             f"--process_id={found.process_id} has to be in [0, {found.num_processes}), the number "
             f"of processes."
         )
-    return rest, found
+    return rest, found, int(wait)
 
 
 def detect(environ: Mapping[str, str] = os.environ) -> str | None:
@@ -228,19 +235,22 @@ def _tpu_hosts(environ: Mapping[str, str]) -> bool:
     return importlib.util.find_spec("libtpu") is not None
 
 
-def start(given: Launch | None, environ: Mapping[str, str] = os.environ) -> None:
+def start(given: Launch | None, wait: int = JOIN, environ: Mapping[str, str] = os.environ) -> None:
     """Joins the other processes of the run, if there are any; before anything else uses JAX.
+
+    A process that finds itself alone ends: JAX would end it with a stack trace of its own library.
 
     Args:
         given: from `take_flags`; None asks the cluster.
+        wait: seconds in which the others have to be there.
         environ: of the process.
 
     Raises:
         ValueError: as `detect`.
-        RuntimeError: the others were not there within five minutes.
     """
     global _cluster
     settings: dict[str, Any] = {"heartbeat_timeout_seconds": HEARTBEAT}
+    settings["initialization_timeout"] = wait + 60  # `_watch` comes first, and says more
     if given is not None:
         if given.num_processes == 1:
             return
@@ -252,12 +262,16 @@ def start(given: Launch | None, environ: Mapping[str, str] = os.environ) -> None
             return
         if kind == "mpi4py":
             settings["cluster_detection_method"] = "mpi4py"
+    joined = threading.Event()
+    threading.Thread(target=_watch, args=(joined, wait), daemon=True).start()
     try:
         jax.distributed.initialize(**settings)
     except ValueError as e:
         if given is None and "coordinator_address should be defined" in str(e):
             return  # a TPU that belongs to no slice
         raise
+    finally:
+        joined.set()
     if given is None and whole_node(environ):
         # JAX gives a SLURM or MPI task one GPU, which is right for one task a GPU only.
         jax.config.update("jax_cuda_visible_devices", "all")
@@ -268,6 +282,35 @@ def start(given: Launch | None, environ: Mapping[str, str] = os.environ) -> None
     _cluster = _Cluster(state.client, state.process_id, state.num_processes)
     if _cluster.index:
         sys.stdout = open(os.devnull, "w")  # the first process speaks for all
+
+
+def _watch(joined: threading.Event, wait: int) -> None:
+    """Says that this process waits for others, and ends it when they do not come.
+
+    Which of them is missing JAX does not say: it is the one whose output lacks the first line.
+    """
+    soon = min(10, wait / 2)
+    if joined.wait(soon):
+        return
+    from jax._src import distributed
+
+    state = distributed.global_state
+    who = f"sage-jax: process {state.process_id} on {socket.gethostname()}"
+    where = f" at {state.coordinator_address}" if state.coordinator_address else ""
+    print(f"{who} waits for the others{where}", file=sys.stderr, flush=True)
+    # The first holds what the others ask: it goes last, so that all of them end in words.
+    if joined.wait(wait - soon + (5 if state.process_id == 0 else 0)):
+        return
+    if state.client is None:
+        said = f"the cluster did not say within {wait} seconds who takes part."
+    else:
+        said = (
+            f"not all of the {state.num_processes} processes were there{where} within {wait} "
+            f"seconds. Those that were say that they wait; the output of the one that does not "
+            f"says why."
+        )
+    print(f"{who}: {said} --join_timeout=SECONDS waits longer.", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def whole_node(environ: Mapping[str, str]) -> bool:

@@ -96,7 +96,7 @@ def main():
     from sage_jax.runtime import hosts
     from sage_jax.runtime import mesh as meshes
 
-    (out,), given = hosts.take_flags(sys.argv[1:])
+    (out,), given, _ = hosts.take_flags(sys.argv[1:])
     hosts.start(given)
     out = pathlib.Path(out)
     found = {}

@@ -1,5 +1,12 @@
 """Who takes part in a run: what each kind of cluster tells a process, and what flags say."""
 
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+
 import pytest
 
 from sage_jax.runtime import hosts
@@ -48,10 +55,14 @@ def test_a_tpu_host_is_asked_unless_another_platform_is_wanted(monkeypatch):
 
 def test_what_flags_leave_out_the_environment_says():
     known = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "2"}
-    assert hosts.take_flags(["eval"], known) == (["eval"], hosts.Launch("a:1", 4, 2))
+    assert hosts.take_flags(["eval"], known) == (
+        ["eval"],
+        hosts.Launch("a:1", 4, 2),
+        hosts.JOIN,
+    )
     assert hosts.take_flags(["--process-id=3"], known)[1] == hosts.Launch("a:1", 4, 3)
     alone = {"JAX_COORDINATOR_ADDRESS": "a:1"}  # the cluster says the rest
-    assert hosts.take_flags(["eval"], alone) == (["eval"], None)
+    assert hosts.take_flags(["eval"], alone) == (["eval"], None, hosts.JOIN)
 
 
 @pytest.mark.parametrize(
@@ -68,3 +79,43 @@ def test_one_process_agrees_with_itself_and_prints_what_failed(capsys):
     assert hosts.first() and not hosts.several()
     assert hosts.failed("no such file", 2) == 2
     assert capsys.readouterr().err == "sage-jax: no such file\n"
+
+
+@pytest.mark.slow
+def test_processes_end_in_words_when_one_of_them_never_comes(tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        at = f"127.0.0.1:{s.getsockname()[1]}"
+    command = [sys.executable, "-m", "sage_jax", "train", "--config=quickstart"]
+    flags = [f"--workdir={tmp_path / 'run'}", f"--coordinator={at}", "--num_processes=3"]
+    began = time.monotonic()
+    processes = [
+        subprocess.Popen(
+            [*command, *flags, f"--process_id={i}", "--join_timeout=6"],
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for i in (0, 2)
+    ]
+    try:
+        said = [process.communicate(timeout=100)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [1, 1], said
+    assert time.monotonic() - began < 60
+    for i, text in zip((0, 2), said, strict=True):
+        waits, ends = text.splitlines()
+        assert re.fullmatch(rf"sage-jax: process {i} on \S+ waits for the others at {at}", waits)
+        assert f"not all of the 3 processes were there at {at} within 6 seconds" in ends
+        assert "--join_timeout=SECONDS waits longer" in ends
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flag", ["--join_timeout=0", "--join_timeout=soon", "--join_timeout"])
+def test_how_long_to_wait_is_whole_seconds(flag):
+    assert hosts.take_flags(["eval", "--join-timeout", "600"], {}) == (["eval"], None, 600)
+    with pytest.raises(ValueError, match=r"--join_timeout=.* has to be whole seconds"):
+        hosts.take_flags(["eval", flag], {})

@@ -351,7 +351,13 @@ def _is_message(error: Exception) -> bool:
 def console() -> None:
     """Entry point of the `sage-jax` command."""
     sys.path.append(os.getcwd())  # a user's own "module:function" beside the command, as python -m
-    sys.exit(main(sys.argv[1:]))
+    try:
+        code = main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of the help, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -353,7 +353,8 @@ def make_logps_fn(
         platform: "cpu", "gpu" or "tpu": where it runs; None: where this program does.
 
     Returns:
-        A pure function `(params, frozen, batch) -> SequenceStats` of [R, S, 2] arrays.
+        A pure function `(params, frozen, batch) -> SequenceStats` of [R, S, 2] arrays. It raises
+        ValueError where `hidden_fn` returns other rows or tokens than it was given.
 
     >>> fn = make_logps_fn(lambda p, f, b: jnp.zeros((*b.tokens_RT.shape, 2)), lambda p, f: p)
     >>> fn(jnp.zeros((2, 8)), None, batches.empty(1, 4, 3)).logps.shape
@@ -374,6 +375,12 @@ def make_logps_fn(
     def logps_fn(params, frozen, batch: batches.PackedBatch):
         found: Any = hidden_fn(params, frozen, batch)
         hidden_RTD, extra = found if penalty else (found, None)
+        if hidden_RTD.shape[:2] != batch.tokens_RT.shape:
+            raise ValueError(
+                f"hidden_fn returned an array {list(hidden_RTD.shape)} for rows "
+                f"{list(batch.tokens_RT.shape)}. It has to give a hidden state [R, T, D] for every "
+                f"token; which one predicts which is found here."
+            )
         hidden_RTD = predictors(hidden_RTD, batch)
         tokens, segment_RT, mask_RT = per_token(
             hidden_RTD, *targets(batch), head_fn(params, frozen)

@@ -91,7 +91,8 @@ def rewards(
         (chosen, rejected), float32 [...] each.
 
     Raises:
-        ValueError: the loss needs reference log-probabilities and got None.
+        ValueError: the loss needs reference log-probabilities and got None, or an array has not
+            two sides in its last axis or another shape than `logps`.
 
     >>> chosen, rejected = rewards(ipo(0.5), np.ones((1, 2)), np.zeros((1, 2)), np.array([[2, 4]]))
     >>> chosen.tolist(), rejected.tolist()
@@ -104,8 +105,15 @@ def rewards(
         )
     tokens = jnp.asarray(tokens)
     value = jnp.asarray(logps, jnp.float32)
+    reference = jnp.asarray(ref_logps, jnp.float32) if loss.needs_reference else value
+    shapes = value.shape, reference.shape, tokens.shape
+    if value.shape[-1:] != (2,) or len(set(shapes)) > 1:  # they would broadcast into other pairs
+        raise ValueError(
+            f"logps, ref_logps and tokens have the shapes {', '.join(map(str, shapes))}. Give all "
+            f"of them one shape, [..., 2] with the chosen side first."
+        )
     if loss.needs_reference:
-        value = value - jnp.asarray(ref_logps, jnp.float32)
+        value = value - reference
     if loss.input.endswith("_mean"):
         value = value / jnp.maximum(tokens, 1)
     value = jnp.where(tokens > 0, loss.beta * value, 0.0)

@@ -267,7 +267,11 @@ def easy_half(known: Candidates, rng: np.random.Generator) -> np.ndarray:
     """Selective DPO: the easiest pairs, trained from easy to hard.
 
     Difficulty is a data column (a held-out loss, as published; larger = harder), else minus the
-    likelihood margin of the policy at the start. It stays the same over all rounds.
+    likelihood margin of the policy at the start. It stays the same over all rounds: the state that
+    `first_difficulty` makes before training, for `candidates(..., state=...)`.
+
+    Raises:
+        ValueError: there is neither a column nor that state.
 
     Source: Gao et al. 2025, "Principled data selection for alignment: the hidden risks of difficult
     examples", arXiv 2502.09650.
@@ -278,6 +282,11 @@ def easy_half(known: Candidates, rng: np.random.Generator) -> np.ndarray:
     """
     if known.column_P is not None:
         return _dense_rank(-known.column_P)
+    if "difficulty_N" not in known.state:
+        raise ValueError(
+            "easy_half has neither a column nor the difficulty of before training. Give "
+            "candidates(...) column_P, or the state that first_difficulty made at the start."
+        )
     return _dense_rank(-np.asarray(known.state["difficulty_N"])[known.pair_P])
 
 

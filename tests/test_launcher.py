@@ -1,12 +1,18 @@
 """The command as a user meets it: every mode on the shipped model, and every wrong command."""
 
+import datetime
 import json
+import os
 import pathlib
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from sage_jax import __main__ as launcher
@@ -137,6 +143,36 @@ def test_data_that_cannot_be_trained_on_is_refused_by_file_and_line(rows, capsys
     problems = rows({"prompt": "1+1="}, name="problems.jsonl")
     said = "problems.jsonl:1: KeyError: 'answer'. Expected a JSON object with 'prompt'"
     refused([*command, f"--config.eval.problems={problems}"], said, capsys)
+
+
+def test_token_ids_that_the_model_does_not_have_are_refused_by_file_and_line(rows, capsys):
+    good = {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}
+    bad = rows(good, good | {"rejected_ids": [4, 512]}, name="ids.jsonl")
+    command = [CONFIG, "--workdir=run", *settings(**{"train.batch_pairs": 1})]
+    for mode, key in (("train", "train"), ("score", "train"), ("eval", "eval")):
+        refused([mode, *command, f"--config.data.{key}={bad}"], "ids.jsonl:2: token id 512", capsys)
+
+
+def test_pairs_of_other_writers_keep_three_quarters_of_a_pool(rows, capsys):
+    pair = {"prompt": "1+1=", "chosen": "2", "rejected": "3"}
+    long = {"prompt": "1+" * 600 + "1=", "chosen": "601", "rejected": "2"}
+    data = {"data.train": rows(*[pair] * 40, *[long] * 2), "curriculum.pool_size": 50}
+    said = r"31 is more than the 30 pairs selected from a pool of 40; left out: 2 prompt reaches"
+    argv = ["train", CONFIG, "--workdir=run"]
+    more = {"train.batch_pairs": 31, "data.limit": 0}
+    refused([*argv, *settings(**data, **more)], said, capsys)
+
+
+@pytest.mark.slow
+def test_a_random_twin_keeps_the_share_of_the_run_whatever_the_data(rows, tmp_path):
+    data = rows(*({"prompt": f"{i}+1=", "chosen": str(i + 1), "rejected": "0"} for i in range(40)))
+    changes = {"selection.name": "gradient", "compare.random": True, "data.train": data,
+               "eval.problems": "", "eval.kl_prompts": 0}  # fmt: skip
+    assert launcher.main(["train", CONFIG, "--workdir=run", *settings(**changes)]) == 0
+    run, twin = (
+        writers.read_rows(tmp_path / "run" / name / "metrics.jsonl") for name in ("", "random")
+    )
+    assert run[0]["selection/selected"] == twin[0]["selection/selected"] == 5
 
 
 def test_a_kernel_of_other_devices_is_refused_before_anything_is_written(capsys):
@@ -282,6 +318,8 @@ def test_settings_may_be_corrected_until_the_first_row(tmp_path, capsys):
     command = ["train", CONFIG, "--workdir=run", "--config.model.path=none"]
     assert launcher.main(command) == 2
     assert "'none' does not exist" in capsys.readouterr().err  # so it came past the comparison
+    assert launcher.main(["sft", *command[1:]]) == 2  # and the mode, too
+    assert "'none' does not exist" in capsys.readouterr().err
     (run / "metrics.jsonl").write_text('{"step": 0}\n')
     assert launcher.main(command) == 2
     assert "config.seed was 5, now 0" in capsys.readouterr().err
@@ -366,6 +404,26 @@ def test_score_writes_the_rows_that_the_selection_rule_keeps_unchanged(tmp_path,
     assert "scores.jsonl exists. Name another --workdir" in capsys.readouterr().err
 
 
+def test_score_leaves_the_directory_of_another_run_alone(trained, capsys):
+    before = (trained / "config.json").read_text()
+    assert launcher.main(["score", CONFIG, f"--workdir={trained}", *settings()]) == 2
+    assert "config.json exists. Name another --workdir" in capsys.readouterr().err
+    assert (trained / "config.json").read_text() == before
+
+
+def test_score_says_before_the_pass_which_column_of_parquet_json_cannot_hold(tmp_path, capsys):
+    rows = [json.loads(line) for line in PAIRS.read_text().splitlines()[:40]]
+    rows = [row | {"when": datetime.date(2026, 1, 2)} for row in rows]
+    pq.write_table(pa.Table.from_pylist([row | {"image": b"x"} for row in rows]), "a.parquet")
+    argv = ["score", CONFIG, "--workdir=out", *settings()]
+    said = "a.parquet:1: column 'image' is a bytes"
+    refused([*argv, "--config.data.train=a.parquet"], said, capsys)
+    pq.write_table(pa.Table.from_pylist(rows), "b.parquet")
+    assert launcher.main([*argv, "--config.data.train=b.parquet"]) == 0
+    kept = writers.read_rows(tmp_path / "out/selected.jsonl")
+    assert kept and all(row["when"] == "2026-01-02" for row in kept)
+
+
 def test_score_against_another_reference_gives_reward_margins(trained, tmp_path):
     changes = {"reference.path": "package:sage_jax/assets/quickstart",
                "model.path": trained / "export", "optim.lr": 1e-3}  # fmt: skip
@@ -401,6 +459,18 @@ def test_sample_writes_verified_pairs_once(tmp_path, capsys):
     assert f"{len(pairs)} pairs from" in capsys.readouterr().out
     assert launcher.main(argv) == 2
     assert "pairs.jsonl exists" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_of_the_help_gets_no_traceback():
+    for command in ("sage_jax --help", "sage_jax.config"):
+        read, write = os.pipe()
+        os.close(read)
+        run = subprocess.run(
+            [sys.executable, "-m", *command.split()], stdout=write, stderr=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=120,
+        )  # fmt: skip
+        os.close(write)
+        assert run.stderr == b""
 
 
 @pytest.mark.slow

@@ -249,3 +249,9 @@ def test_capped_logits_have_the_gradient_of_autodiff(kept):
     )
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_hidden_states_that_were_shifted_already_are_refused():
+    logps_fn = logprobs.make_logps_fn(lambda p, f, b: p[b.tokens_RT][:, :-1], lambda p, f: p.T)
+    with pytest.raises(ValueError, match=r"\[1, 7, 4\] for rows \[1, 8\]"):
+        logps_fn(jnp.ones((4, 4)), None, batch.empty(1, 8, 1))

@@ -269,3 +269,11 @@ def test_nll_is_the_mean_over_tokens_and_0_without_tokens():
 def test_wrong_settings_are_named_with_rule_and_fix(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+@pytest.mark.parametrize(
+    ("logps", "reference"), [((4,), (4,)), ((2, 4), (2, 4)), ((3, 2), (2,)), ((3, 4, 2), (4, 2))]
+)
+def test_log_probs_of_other_shapes_are_refused_before_they_broadcast(logps, reference):
+    with pytest.raises(ValueError, match="Give all of them one shape"):
+        losses.rewards(losses.sigmoid(), np.zeros(logps), np.zeros(reference), np.ones(logps))

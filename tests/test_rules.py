@@ -170,6 +170,11 @@ def test_easy_half_without_a_column_keeps_the_difficulty_of_the_start_over_round
     np.testing.assert_array_equal(found.state["difficulty_N"], state["difficulty_N"])
 
 
+def test_easy_half_without_a_column_or_its_state_says_which_is_missing():
+    with pytest.raises(ValueError, match="column_P, or the state that first_difficulty made"):
+        rules.ranked(rules.RULES["easy_half"], known(np.zeros(3)), rng())
+
+
 def test_beta_dpo_includes_pairs_as_often_as_draws_without_replacement_do():
     margin, draws = np.array([-3.0, 0.0, 0.4, 1.0]), 4_000
     candidates, generator = known(margin), rng(10)

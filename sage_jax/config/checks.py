@@ -11,6 +11,7 @@ import difflib
 from sage_jax import losses, noise, rules, scores
 from sage_jax.config.schema import (
     ON_POLICY,
+    OTHERS,
     Eval,
     Lora,
     Loss,
@@ -119,7 +120,8 @@ def _check_together(run: Run) -> None:
             f"and be a multiple of model.kv_heads={run.model.kv_heads}."
         )
     pool = run.curriculum.pool_size
-    if pool and pool * kept_share(run) < run.train.batch_pairs:
+    follows = chosen.keep == -1 and chosen.name in ("sage", "random")  # see setup.check_pairs, too
+    if pool and pool * (OTHERS["keep"] if follows else kept_share(run)) < run.train.batch_pairs:
         raise ValueError(
             f"config.selection.keep={kept_share(run)} keeps {pool * kept_share(run):.1f} pairs of "
             f"a pool of {pool}, fewer than one batch of {run.train.batch_pairs}. Raise "

@@ -293,7 +293,8 @@ def collate(
       encoded: the data set.
       pair_RS: int [R, S], indices of pairs, -1 for an empty slot.
       row_length: tokens in a row.
-      ref_logps_N2: float [N, 2], reference log-probabilities in nats; 0 if None.
+      ref_logps_N2: float [N, 2], reference log-probabilities in nats; nan if None, so that a loss
+        that needs them is nan, and not that of a reference that finds everything certain.
       weight_N: float [N], weights of the pairs in the loss; 1 if None.
       share: both completions of a pair share one prompt, see `batch.Shared`; the plan has to be
         made with the lengths `encoded.row_lengths(True)`.
@@ -302,7 +303,25 @@ def collate(
 
     Returns:
       A batch of numpy arrays.
+
+    Raises:
+      ValueError: an array of another shape.
     """
+    if pair_RS.ndim != 2:
+        raise ValueError(
+            f"pair_RS has the shape {list(pair_RS.shape)} and has to be [R, S], one batch of a "
+            f"plan [K, R, S]: plan[0]."
+        )
+    count = len(encoded)
+    for name, given, wanted in (
+        ("ref_logps_N2", ref_logps_N2, (count, 2)),
+        ("weight_N", weight_N, (count,)),
+    ):
+        if given is not None and np.shape(given) != wanted:
+            raise ValueError(
+                f"{name} has the shape {list(np.shape(given))}; for {count} pairs it has to be "
+                f"{list(wanted)}, one row a pair of the data set and not of the batch."
+            )
     rows, slots = pair_RS.shape
     out = batch.empty(rows, row_length, slots)
     told = layout.shared(encoded, pair_RS, out, keys) if share else None
@@ -311,7 +330,8 @@ def collate(
     filled = pair_RS >= 0
     index = np.where(filled, pair_RS, 0)
     weight = np.ones(len(encoded)) if weight_N is None else np.asarray(weight_N)
-    ref = np.zeros((len(encoded), 2)) if ref_logps_N2 is None else np.asarray(ref_logps_N2)
+    unknown = ref_logps_N2 is None
+    ref = np.full((len(encoded), 2), np.nan) if unknown else np.asarray(ref_logps_N2)
     return out._replace(
         pair_RS=pair_RS.astype(np.int32),
         ref_logps_RS2=np.where(filled[..., None], ref[index], 0).astype(np.float32),

@@ -116,9 +116,10 @@ def read(source: Source, *, format: str = "auto", on_bad_row: str = "error") -> 
             rows.append(record)
             ignored.update(unused)
     if not rows:
+        lost = f" ({skipped.total()} skipped: {dict(skipped)})" if skipped else ""
         raise ValueError(
-            f"{_name(source)} holds no usable row ({sum(skipped.values())} skipped: "
-            f"{dict(skipped)}); expected at least one pair. {' '.join(examples[:1])}".rstrip()
+            f"{_name(source)} holds no usable row{lost}; expected at least one pair. "
+            f"{' '.join(examples[:1])}".rstrip()
         )
     return Records(rows, skipped, examples, ignored, digest.hexdigest())
 
@@ -189,7 +190,10 @@ def raw(source: Source) -> Iterator[tuple[str, Any]]:
 
 
 def _name(source: Source) -> str:
-    return f"'{source}'" if isinstance(source, str | Path) else "the data"
+    names = [source] if isinstance(source, str | Path) else list(source)
+    if not names or not all(isinstance(item, str | Path) for item in names):
+        return "the data"
+    return ", ".join(f"'{name}'" for name in names)
 
 
 def fingerprint(source: Source, *, format: str = "auto", on_bad_row: str = "error") -> str:
@@ -244,7 +248,17 @@ def _file_rows(file: Path, data: bytes) -> Iterator[tuple[str, Any]]:
         return _parquet_rows(file, data)
     if file.suffix == ".json" and data.lstrip()[:1] != b"{":
         return _json_rows(file, data)
+    if file.suffix == ".json" and (row := _lone_object(data)) is not None:
+        return iter([(f"{file}:1", row)])
     return _jsonl_rows(file, data)  # also .json files that hold one object a line
+
+
+def _lone_object(data: bytes) -> Any:
+    """The one object that a file holds, on however many lines; None where there are several."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _jsonl_rows(file: Path, data: bytes) -> Iterator[tuple[str, Any]]:

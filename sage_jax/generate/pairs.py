@@ -193,15 +193,23 @@ def _conversational(record: dict[str, Any]) -> dict[str, Any]:
     return record | {key: prompting.as_chat(record[key], role) for key, role in roles.items()}
 
 
-def write_jsonl(path: str | os.PathLike[str], records: Iterable[dict[str, Any]]) -> int:
-    """Writes records to a JSONL file, whole or not at all; returns how many."""
+def write_jsonl(
+    path: str | os.PathLike[str],
+    records: Iterable[dict[str, Any]],
+    *,
+    default: Callable[[Any], Any] | None = None,
+) -> int:
+    """Writes records to a JSONL file, whole or not at all; returns how many.
+
+    `default` gives what `json` can write for what it cannot.
+    """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     count = 0
     with partial.open("w", encoding="utf-8") as file:
         for record in records:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.write(json.dumps(record, ensure_ascii=False, default=default) + "\n")
             count += 1
     partial.replace(path)
     return count

@@ -58,6 +58,7 @@ def export(
     Raises:
       ValueError: if the directory holds something that is not an export, or the dtype is unknown.
       RuntimeError: the files do not give the logits of the model.
+      OSError: the files cannot be written, as when a disk is full.
     """
     target = pathlib.Path(directory)
     if dtype not in decoder.STORED:
@@ -159,6 +160,7 @@ def _write_weights(
     dtype: str,
     shard_bytes: int,
 ) -> None:
+    from safetensors import SafetensorError
     from safetensors import numpy as safetensors_numpy
 
     kind = np.dtype(decoder.STORED[dtype])
@@ -180,7 +182,13 @@ def _write_weights(
         if len(shards) > 1:
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         weights = {name: _tensor(parts, stored[name], kind) for name in shard}
-        safetensors_numpy.save_file(weights, directory / file, metadata={"format": "pt"})
+        try:
+            safetensors_numpy.save_file(weights, directory / file, metadata={"format": "pt"})
+        except SafetensorError as e:  # a full disk, say
+            raise OSError(
+                f"The export could not be written ({e}). Nothing of it was kept. The weights "
+                f"of a run are in its checkpoint: its command, given again, goes on from there."
+            ) from e
         (directory / file).chmod(0o644)  # written for the owner alone otherwise
         home.update(dict.fromkeys(weights, file))
     if len(shards) > 1:

@@ -6,11 +6,12 @@ returns; whole files appear by an atomic rename, so that no reader ever sees hal
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Self, TextIO
 
 PathLike = str | os.PathLike[str]
@@ -50,12 +51,24 @@ def write_text(path: PathLike, text: str) -> pathlib.Path:
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(unfinished, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    try:
+        with _named(path), open(unfinished, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
     return path
+
+
+@contextlib.contextmanager
+def _named(path: PathLike) -> Iterator[None]:
+    """Gives an error of writing, such as that of a full disk, the name of the file."""
+    try:
+        yield
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, os.fspath(path)) from e
 
 
 def write_json(path: PathLike, value: Any) -> pathlib.Path:
@@ -132,8 +145,9 @@ class MetricsWriter:
             return
         if not isinstance(row.get("step"), int):
             raise ValueError(f"A row of metrics has step={row.get('step')!r}; it must be an int.")
-        self._file.write(_line(row))
-        self._file.flush()
+        with _named(self.path):
+            self._file.write(_line(row))
+            self._file.flush()
         if self._events is not None:
             for name, value in plain(row).items():
                 if isinstance(value, int | float) and name != "step":

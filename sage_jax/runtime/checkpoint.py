@@ -8,12 +8,15 @@ length need not be known ahead; the state restores onto whatever mesh the abstra
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import logging
 import os
 import pathlib
-from collections.abc import Mapping
+import re
+import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -24,6 +27,7 @@ from sage_jax import config
 _STORES = ("gs", "s3")  # of URIs
 # Orbax cannot store arrays without elements; their dtypes and shapes go into the JSON.
 _EMPTY = "__empty_arrays__"
+_RAISES = ("future.py", "async_checkpointer.py", "checkpoint_manager.py")  # what they log, too
 _FILLER = "__filler__"  # Orbax refuses an item without any leaf
 
 
@@ -141,6 +145,7 @@ class Checkpoints:
         Raises:
             ValueError: a checkpoint of this or a later step exists, or `arrays` or `meta` hold
                 what cannot be stored.
+            OSError: this one or the one before cannot be written, as when a disk is full.
         """
         latest = self.latest()
         if latest is not None and step <= latest:
@@ -155,14 +160,15 @@ class Checkpoints:
         except TypeError as e:
             raise ValueError(f"The checkpoint's meta must be plain JSON values: {e}.") from e
         args = self._ocp.args
-        saved = self._manager.save(
-            step,
-            args=args.Composite(
-                state=args.StandardSave(state),
-                arrays=args.StandardSave(full),
-                meta=args.JsonSave({**meta, _EMPTY: empty}),
-            ),
-        )
+        with self._writing():
+            saved = self._manager.save(
+                step,
+                args=args.Composite(
+                    state=args.StandardSave(state),
+                    arrays=args.StandardSave(full),
+                    meta=args.JsonSave({**meta, _EMPTY: empty}),
+                ),
+            )
         if not saved:  # Orbax says no by returning False, which would lose the checkpoint silently
             raise RuntimeError(f"Orbax did not save step {step} in {self.directory}.")
 
@@ -217,11 +223,26 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when the save in the background is complete; raises what went wrong in it."""
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits, and frees the threads of the manager."""
-        self._manager.close()
+        with self._writing():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """What goes wrong in a save comes up in a later call, as dozens of lines: here as one."""
+        try:
+            yield
+        except Exception as e:
+            known = [step for step in self.steps() if (self.directory / str(step)).exists()]
+            last = f"the last complete one, of step {known[-1]}" if known else "the start"
+            raise OSError(
+                f"A checkpoint in {self.directory} could not be written ({_reason(e)}). With that "
+                f"mended, the same command goes on from {last}."
+            ) from e
 
 
 def _split(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, list]]:
@@ -276,19 +297,45 @@ def _compare(saved: dict, wanted: dict, where: pathlib.Path) -> None:
 
 
 def _unreadable(where: pathlib.Path, error: Exception) -> ValueError:
-    text = (str(error).splitlines() or [type(error).__name__])[0][:200]
     return ValueError(
-        f"The checkpoint {where} cannot be read ({text}). Remove this directory to resume from "
-        "the checkpoint before it."
+        f"The checkpoint {where} cannot be read ({_reason(error)}). Remove this directory to "
+        f"resume from the checkpoint before it."
     )
 
 
+def _reason(error: Exception) -> str:
+    """The cause alone, of an error of TensorStore its place and, at its end, the innermost one."""
+    error = error.__cause__ if isinstance(error.__cause__, Exception) else error
+    text = (str(error).splitlines() or [type(error).__name__])[0]
+    text = re.sub(r" \[\w+='.*'\]", "", text).rstrip(". ")
+    return text if len(text) <= 200 else f"{text[:60]} ... {text[-130:]}"
+
+
 def _quiet() -> None:
-    """Keeps Orbax's many INFO lines, which absl prints inside `app.run`, out of the progress."""
+    """Keeps out of the progress what Orbax says besides what it raises.
+
+    Its many INFO lines, which absl prints inside `app.run`, and the tracebacks of its threads. And
+    after the first error of several reads or writes it closes their event loop: each of the others
+    then reports that, from another thread or when it is collected, with nothing to be mended.
+    """
     logger = logging.getLogger("absl")
-    if _not_chatter not in logger.filters:
-        logger.addFilter(_not_chatter)
+    if _not_chatter in logger.filters:
+        return
+    logger.addFilter(_not_chatter)
+    before = sys.unraisablehook
+
+    def hook(found: Any) -> None:
+        code = getattr(found.object, "cr_code", None)
+        orphan = code is not None and f"{os.sep}orbax{os.sep}" in code.co_filename
+        if not orphan and "Event loop is closed" not in str(found.exc_value):
+            before(found)
+
+    sys.unraisablehook = hook
 
 
 def _not_chatter(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.WARNING or f"{os.sep}orbax{os.sep}" not in record.pathname
+    if f"{os.sep}orbax{os.sep}" not in record.pathname:
+        return True
+    if record.exc_info and record.filename in _RAISES:
+        return False
+    return record.levelno >= logging.WARNING

@@ -101,6 +101,7 @@ def eval(run: config.Run, workdir: pathlib.Path | None) -> int:
     policy = setup.load_policy(run, mesh, tokenizer)
     other = passes = None
     if pairs is not None:
+        setup.check_ids(pairs, policy)
         other = setup.load_reference(run, policy, mesh)
         passes = forward.Passes(policy, mesh, *sharing.shapes(run, policy.model, mesh, pairs))
     evaluator = evaluation.Evaluator(run, policy, held, passes, pairs, other)

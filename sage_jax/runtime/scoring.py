@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
+import decimal
+import json
 import pathlib
 from typing import Any
 
@@ -68,10 +71,12 @@ def score(run: config.Run, workdir: pathlib.Path) -> int:
     mesh = setup.make_mesh(run)
     tokenizer = setup.load_tokenizer(run)
     pairs = setup.load_pairs(run, tokenizer, run.data.train)
+    hosts.on_first(lambda: _check_rows(run))
     run = config.settle_data(run, pairs.columns)
     setup.check_sides(pairs, "data.train")
     rounds.rule_column(run, pairs)
     policy = setup.load_policy(run, mesh, tokenizer)
+    setup.check_ids(pairs, policy)
     other = setup.load_reference(run, policy, mesh)
     passes = forward.Passes(policy, mesh, *sharing.shapes(run, policy.model, mesh, pairs))
     stats = forward.stored_stats(run, policy, passes, pairs, "scoring")
@@ -125,9 +130,11 @@ def moved(
 
 
 def _check_new(workdir: pathlib.Path) -> None:
-    for name in ("scores.jsonl", "selected.jsonl"):
+    for name in ("scores.jsonl", "selected.jsonl", "config.json"):  # the last: of any other run
         if (workdir / name).exists():
-            raise ValueError(f"{workdir / name} exists. Name another --workdir.")
+            raise ValueError(
+                f"{workdir / name} exists. Name another --workdir; nothing was overwritten."
+            )
 
 
 def _raw_rows(run: config.Run) -> list[Any]:
@@ -144,6 +151,26 @@ def _raw_rows(run: config.Run) -> list[Any]:
         return True
 
     return [row for row in rows if usable(row)]
+
+
+def _text(value: Any) -> str:
+    """What JSON has no form for and is plain text elsewhere: dates, times and exact decimals."""
+    if isinstance(value, datetime.date | datetime.time | datetime.timedelta | decimal.Decimal):
+        return str(value)
+    raise TypeError(f"is a {type(value).__name__}")
+
+
+def _check_rows(run: config.Run) -> None:
+    """Whether JSON holds the rows of the source, which may be Parquet, before they are scored."""
+    for origin, row in records.raw(setup.sources(run, run.data.train)):
+        for column, value in row.items() if isinstance(row, dict) else ():
+            try:
+                json.dumps(value, default=_text)
+            except TypeError as e:
+                raise ValueError(
+                    f"{origin}: column {column!r} {e}, which selected.jsonl cannot hold. Leave the "
+                    f"column out of the data; scores.jsonl names each row by file and line."
+                ) from e
 
 
 def _write(workdir, run, pairs: encode.EncodedPairs, stats, found: scores.PairScores, stratum_N,
@@ -167,9 +194,10 @@ def _write(workdir, run, pairs: encode.EncodedPairs, stats, found: scores.PairSc
         if row["selected"]:
             kept.append(raw[pairs.row_N[i]])
     pair_makers.write_jsonl(workdir / "scores.jsonl", rows)
-    pair_makers.write_jsonl(workdir / "selected.jsonl", kept)
+    pair_makers.write_jsonl(workdir / "selected.jsonl", kept, default=_text)
     writers.write_json(workdir / "config.json", {"mode": "score"} | config.as_dict(run))
-    counts = np.unique(chosen.reason_P, return_counts=True)
+    found_why = np.where(chosen.selected_P, "selected: ", "left out: ") + chosen.reason_P
+    counts = np.unique(found_why, return_counts=True)
     print(progress.table(["why", "pairs"], [[w, str(n)] for w, n in zip(*counts, strict=True)]))
     print(f"\nscores   {workdir / 'scores.jsonl'}\nselected {workdir / 'selected.jsonl'} "
           f"({len(kept)} of {len(rows)} rows, unchanged)")  # fmt: skip

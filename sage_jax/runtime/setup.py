@@ -399,7 +399,31 @@ def check_pairs(run: config.Run, pairs: encode.EncodedPairs, *, sft: bool) -> No
         raise ValueError(
             f"config.train.batch_pairs={run.train.batch_pairs} is more than the "
             f"{min(pool, len(pairs)) * config.kept_share(run):.0f} pairs selected from a pool of "
-            f"{min(pool, len(pairs))}. Lower it, or raise selection.keep or curriculum.pool_size."
+            f"{min(pool, len(pairs))}{left_out(pairs)}. Lower it, or raise selection.keep or "
+            f"curriculum.pool_size."
+        )
+
+
+def left_out(pairs: encode.EncodedPairs) -> str:
+    """What reading and encoding left out and why, to be appended to a line; "" for nothing."""
+    lost = [f"{n} {why}" for why, n in pairs.dropped.items() if n]
+    lost += [f"{n} bad rows: {why}" for why, n in pairs.skipped.items() if n]
+    return f"; left out: {', '.join(lost)}" if lost else ""
+
+
+def check_ids(pairs: encode.EncodedPairs, policy: Policy) -> None:
+    """Refuses token ids that the model has no embedding for: it would give nan, or another's.
+
+    Raises:
+        ValueError: names the first such row and id, and the vocabulary.
+    """
+    wrong = np.flatnonzero(pairs.tokens >= policy.model.spec.vocab)
+    if len(wrong):
+        i = int(np.searchsorted(pairs.offset, wrong[0], side="right") - 1) // 2
+        raise ValueError(
+            f"{pairs.origin[i]}: token id {pairs.tokens[wrong[0]]}, and the model has a vocabulary "
+            f"of {policy.model.spec.vocab}. Give pre-tokenised rows the ids of this model, and a "
+            f"config.model.tokenizer that belongs to it."
         )
 
 

@@ -59,6 +59,7 @@ def make(
     }
     if outcome.flips is not None:
         summary["suspected"] = int(outcome.flips.suspected_N.sum())
+        summary["suspected_of"] = len(outcome.flips.suspected_N)  # pairs, with new ones
         summary["flip_share"] = outcome.flips.share
     intervals = {"before": outcome.rows[0], "after": outcome.rows[-1]}
     for name, twin in twins.items():
@@ -136,7 +137,7 @@ def _costs(summary: dict[str, Any], runs: list[tuple[str, str]]) -> str:
 def flips_text(summary: dict[str, Any], workdir: pathlib.Path) -> str:
     """One sentence on which labels look wrong, and where they are listed."""
     count, share = summary["suspected"], 100 * summary["flip_share"]
-    text = f"{count:,} of {summary['pairs']:,} pairs look flipped"
+    text = f"{count:,} of {summary['suspected_of']:,} pairs look flipped"
     if not count:
         return f"{text} (estimated share of flipped labels: {share:.0f} %)."
     where = suspicion.path(workdir)

@@ -51,8 +51,9 @@ def _check_workdir(run: config.Run, workdir: pathlib.Path, mode: str) -> None:
         raise ValueError(f"--workdir={workdir} is a file. Name a directory.")
     if path.exists():
         before = json.loads(path.read_text())
-        # A run that ended before its first row has nothing to lose: the settings may be corrected.
-        if before["mode"] != mode or writers.read_rows(workdir / "metrics.jsonl"):
+        # A training that ended before its first row has nothing to lose: its settings and its mode
+        # may be corrected.
+        if before["mode"] not in MODES or writers.read_rows(workdir / "metrics.jsonl"):
             loop.refuse_changes(before, now, workdir)
     elif workdir.exists() and any(workdir.iterdir()):
         raise ValueError(
@@ -76,7 +77,7 @@ def _load(run: config.Run, mesh: jax.sharding.Mesh, mode: str) -> _Parts:
     attention.Placement(run.model.attention, mesh).check()
     tokenizer = setup.load_tokenizer(run)
     pairs = setup.load_pairs(run, tokenizer, run.data.train)
-    setup.check_pairs(run, pairs, sft=mode == "sft")
+    setup.check_pairs(config.settle_data(run, pairs.columns), pairs, sft=mode == "sft")
     held_out = setup.load_pairs(run, tokenizer, run.data.eval) if run.data.eval else None
     if held_out is not None and mode == "train":
         setup.check_sides(held_out, "data.eval")
@@ -89,6 +90,8 @@ def _load(run: config.Run, mesh: jax.sharding.Mesh, mode: str) -> _Parts:
         resample_plan.settled(run, pairs)
         asked = resample_plan.load_problems(run, tokenizer, problems, held_out)
     policy = setup.load_policy(run, mesh, tokenizer)
+    for data in (pairs, held_out) if held_out is not None else (pairs,):
+        setup.check_ids(data, policy)
     other = setup.load_reference(run, policy, mesh)
     return _Parts(policy, other, pairs, held_out, problems, asked)
 
@@ -111,6 +114,7 @@ def fit(run: config.Run, workdir: pathlib.Path, mode: str) -> int:
     keep_programs(run, workdir)
 
     policy, pairs, held_out = parts.policy, parts.pairs, parts.held_out
+    run = config.settle_data(run, pairs.columns)  # before the twins, which keep the same share
     share = sharing.shares_prompts(run, policy.model, pairs)
     lengths = pairs.row_lengths(share)
     if held_out is not None:
@@ -186,6 +190,7 @@ def keep_programs(run: config.Run, workdir: pathlib.Path) -> None:
     compilation_cache.reset_cache()  # what has compiled before has noted that there is no cache
 
 
+MODES = ("train", "sft")  # those that come here
 TWINS = ("uniform", "random")  # what a run can be compared with: config.compare
 
 
@@ -221,14 +226,11 @@ def _describe(run: config.Run, parts: _Parts, workdir: pathlib.Path) -> None:
     frozen = f" on {below:.2f} M frozen ones, held in {run.lora.base}" if below else ""
     pairs, held = parts.pairs, parts.problems
     unit = "rows" if run.loss.name == "sft" else "pairs"
-    lost = [f"{n} {why}" for why, n in pairs.dropped.items() if n]
-    lost += [f"{n} bad rows: {why}" for why, n in pairs.skipped.items() if n]
-    left_out = f"; left out: {', '.join(lost)}" if lost else ""
     lines = [
         ("model", f"{run.model.path}: {parts.policy.model.spec.family}, {size / 1e6:.2f} M "
                   f"parameters{frozen}"),
         ("data", f"{len(pairs)} {unit}, {pairs.lengths_N2.sum() / len(pairs):.0f} tokens each"
-                 f"{left_out}"),
+                 f"{setup.left_out(pairs)}"),
     ]  # fmt: skip
     if held is not None:
         text = f"{len(held.problems)} problems of {run.eval.problems}"

@@ -3,12 +3,13 @@
 import time
 
 import hypothesis
+import jax.numpy as jnp
 import laid_out
 import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from sage_jax import batch
+from sage_jax import batch, losses
 from sage_jax.data import encode, pack, records
 
 
@@ -94,6 +95,28 @@ def test_an_empty_order_gives_no_batch():
     plan = pack.plan(np.full((2, 2), 4), [], row_length=8, rows=2, slots=1)
     assert plan.shape == (0, 2, 1)
     assert pack.padding_fraction(plan, np.full((2, 2), 4), 8) == 0.0
+
+
+def test_without_reference_log_probs_a_loss_that_needs_them_is_no_number():
+    rows = pack.collate(make_pairs([(4, 4)]), np.array([[0, -1]]), 16)
+    logps, tokens = jnp.zeros((1, 2, 2)), jnp.ones((1, 2, 2))
+    for loss, known in ((losses.sigmoid(), False), (losses.simpo(), True)):
+        value = loss(*losses.rewards(loss, logps, rows.ref_logps_RS2, tokens))[0]
+        assert np.isfinite(value).tolist() == [known, True]  # an empty slot is 0, as ever
+
+
+@pytest.mark.parametrize(
+    ("pair", "options", "message"),
+    [
+        ([[[0, 1]]], {}, r"\[1, 1, 2\] and has to be \[R, S\]"),
+        ([[0, 1]], {"ref_logps_N2": np.zeros(2)}, r"ref_logps_N2 .*\[2\]; .* \[2, 2\]"),
+        ([[0]], {"ref_logps_N2": np.zeros((1, 1, 2))}, r"ref_logps_N2 .*\[1, 1, 2\]"),
+        ([[0]], {"weight_N": np.ones(1)}, r"weight_N .*\[1\]; for 2 pairs"),
+    ],
+)
+def test_collate_refuses_arrays_of_other_shapes(pair, options, message):
+    with pytest.raises(ValueError, match=message):
+        pack.collate(make_pairs([(4, 4), (3, 3)]), np.array(pair), 16, **options)
 
 
 @hypothesis.given(lengths, st.integers(1, 5))

@@ -253,6 +253,8 @@ def test_a_dict_is_no_list_of_rows():
         ("missing.jsonl", None, "does not exist"),
         ("pairs.csv", "a", "suffix '.csv'"),
         ("pairs.json", "[1", "expected a JSON array"),
+        ("pairs.json", '{\n"data": [\n]}', r"pairs\.json:1: column 'prompt' .*\['data'\]"),
+        ("empty.jsonl", "", r"empty\.jsonl' holds no usable row; expected"),
         ("pairs.parquet", "x", "not a Parquet file"),
     ],
 )

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from safetensors import SafetensorError
 from safetensors import numpy as safetensors
 
 from sage_jax import models
@@ -262,6 +263,16 @@ def test_a_failed_export_leaves_the_earlier_one(loaded, tmp_path):
         models.export(out, *loaded, tokenizer=Broken())
     assert sorted(f.name for f in tmp_path.iterdir()) == ["out"]
     assert _equal(models.load(out)[1], loaded[1])
+
+
+def test_a_full_disk_under_an_export_is_said_and_leaves_nothing(loaded, tmp_path, monkeypatch):
+    def full(*args, **kw):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(safetensors, "save_file", full)
+    with pytest.raises(OSError, match=r"could not be written \(I/O error: No space left"):
+        models.export(tmp_path / "out", *loaded)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_rotary_factors_without_a_name_cannot_be_exported(loaded, tmp_path):

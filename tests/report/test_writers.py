@@ -1,6 +1,8 @@
 """Files of a run: valid JSON, whole rows, and a resumed run that repeats none."""
 
+import errno
 import json
+import os
 import pathlib
 import sys
 import types
@@ -103,6 +105,16 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         writers.write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_told_with_the_file_and_leaves_nothing_half_written(tmp_path, monkeypatch):
+    def full(fd):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left.*config\.json"):
+        writers.write_json(tmp_path / "config.json", {"steps": 3})
+    assert list(tmp_path.iterdir()) == []  # what is left would make this a directory of another
 
 
 def test_selections_are_one_file_a_round(tmp_path):

@@ -201,6 +201,7 @@ RESTORE = """
         checkpoints.restore(3, {"step": jax.ShapeDtypeStruct((4,), "int32")})
     except ValueError as e:
         print(e)
+    checkpoints.close()
 """
 
 
@@ -209,8 +210,38 @@ def test_a_checkpoint_with_damaged_data_is_named(tmp_path):  # leaves threads be
         checkpoints.save(3, {"step": jnp.arange(4)}, {}, {})
     for file in (tmp_path / "3" / "state" / "d").iterdir():
         file.write_bytes(file.read_bytes()[:10])
-    (line,) = run_python(RESTORE, tmp_path).stdout.splitlines()
+    run = run_python(RESTORE, tmp_path)
+    (line,) = run.stdout.splitlines()
     assert line.startswith(f"The checkpoint {tmp_path / '3'} cannot be read")
+    assert run.stderr == ""
+
+
+FULL = """
+    import resource, sys
+    import jax.numpy as jnp
+    from sage_jax.runtime import checkpoint
+
+    checkpoints = checkpoint.Checkpoints(sys.argv[1])
+    checkpoints.save(1, {"w": jnp.zeros(4)}, {}, {})
+    checkpoints.wait()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # in place of a full disk
+    import jax
+    weights = {f"w{i}": jax.random.normal(jax.random.key(i), (100, 100)) for i in range(8)}
+    checkpoints.save(2, weights, {}, {})
+    for call in (checkpoints.wait, checkpoints.close):
+        try:
+            call()
+        except OSError as e:
+            print(e)
+"""
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_line_with_what_is_left(tmp_path):
+    run = run_python(FULL, tmp_path)
+    said = run.stdout.splitlines()[0]
+    assert f"{tmp_path} could not be written" in said
+    assert "File too large" in said and "last complete one, of step 1" in said
+    assert run.stderr == ""
 
 
 KILLED = """

@@ -199,7 +199,7 @@ def test_the_list_says_where_a_pair_stands_and_how_others_fared(job, tmp_path):
         assert row["origin"] == job["pairs"].origin[row["pair"]]
         assert row["reward_margin"] == memory.reward_margin[row["pair"]]
         assert row["reward_margin"] < row["neighbours_reward_margin"]
-    found = {"suspected": 3, "pairs": 1200, "flip_share": 0.104}
+    found = {"suspected": 3, "suspected_of": 1200, "flip_share": 0.104}
     text = summary.flips_text(found, pathlib.Path("runs/a"))
     assert text == (
         "3 of 1,200 pairs look flipped (estimated share of flipped labels: 10 %): "

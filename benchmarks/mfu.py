@@ -4,10 +4,12 @@
     python benchmarks/mfu.py --model=smollm2_135m --dtype=float32 --tokens=2048 --out=...   # a CPU
 
 First the ceiling: products of the dtype of the model, large square ones and those of its layers.
-Then attention back ends, each checked against the dense form before it is timed; and whole steps
-at the best of them: scoring, training, and training with one thing changed at a time. FLOPs are
-those of the real tokens and the keys that they see: padding and recomputation do not count.
-Everything is written as soon as it is known; what the time limit leaves no room for is not begun.
+Then attention back ends, each checked against the dense form before it is timed, and the floor:
+all products of a step with its weights, and its attention, each alone, as if there were nothing
+else to do. Then whole steps at the best of them: scoring, training, and training with one thing
+changed at a time. FLOPs are those of the real tokens and the keys that they see: padding and
+recomputation do not count. Everything is written as soon as it is known; what the time limit
+leaves no room for is not begun.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ import ours
 import race
 from absl import flags
 
-from sage_jax import batch, head, step
+from sage_jax import batch, head, logprobs, step
 from sage_jax.models import attention
 
 
@@ -47,7 +49,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--score-tokens", type=int, default=32768, help="of a scoring batch")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--kernels", default="", help="'' = those of the platform")
-    parser.add_argument("--only", default="", help="parts, by comma: ceiling, attention, steps")
+    parser.add_argument(
+        "--only", default="", help="parts, by comma: ceiling, floor, attention, steps"
+    )
     parser.add_argument("--time-limit", type=float, default=1e9, help="seconds")
     parser.add_argument("--out", default="")
     return parser.parse_args()
@@ -208,6 +212,67 @@ def attention_part(args: argparse.Namespace, model: Any, names: list[str], repor
     return best
 
 
+def floor(
+    args: argparse.Namespace, model: Any, top: float, attention_: dict[str, Any]
+) -> dict[str, Any]:
+    """MFU of steps that were their products with weights and their attention, each by itself.
+
+    Norms, softmax, rotations and the optimizer come on top.
+
+    Args:
+        args: of the command line.
+        model: whose step.
+        top: FLOP/s of the ceiling.
+        attention_: what `attention_part` measured of the back end in use, on the rows of training.
+    """
+    dtype = jnp.dtype(args.dtype)
+    kernels: dict[tuple[int, int], int] = {}  # (in, out) -> how many
+    for path, x in jax.tree_util.tree_leaves_with_path(
+        jax.eval_shape(model.init, jax.random.key(0))
+    ):
+        if "'kernel'" in jax.tree_util.keystr(path):
+            size = (x.shape[-2], x.shape[-1])
+            kernels[size] = kernels.get(size, 0) + int(np.prod(x.shape[:-2]))
+
+    def alone(positions: int, width: int, out: int, backward: bool) -> float:
+        shapes = {"x": (positions, width), "w": (width, out), "y": (positions, out)}
+        x, w, y = (
+            jax.random.normal(jax.random.key(i), shape, dtype)
+            for i, shape in enumerate(shapes.values())
+        )
+        time_of = functools.partial(seconds, repeats=args.repeats)
+        taken = time_of(jax.jit(lambda x, w: x @ w), x, w)
+        if backward:
+            taken += time_of(jax.jit(lambda y, w: y @ w.T), y, w)
+            taken += time_of(jax.jit(lambda x, y: x.T @ y), x, y)
+        return taken
+
+    out = {}
+    for name, tokens in (("score", args.score_tokens), ("train", args.tokens)):
+        mine = rows_of(args, model, tokens)
+        rows = mine.batches[0]
+        counted = int(np.asarray(logprobs.targets(rows)[2]).sum())
+        all_of = {size: (rows.tokens_RT.size, often) for size, often in kernels.items()}
+        all_of[model.spec.d_model, model.spec.vocab] = (counted, 1)
+        backward = name == "train"
+        taken = sum(
+            often * alone(positions, *size, backward) for size, (positions, often) in all_of.items()
+        )
+        times = 3.0 if backward else 1.0
+        flops = times * mine.useful_flops(rows)
+        real = int((np.asarray(rows.segment_RT) > 0).sum())
+        weights = times * model.forward_flops(real, 0, counted)
+        of = attention_["both_milliseconds" if backward else "forward_milliseconds"] / 1e3
+        attended = model.spec.layers * of * rows.tokens_RT.size / attention_["tokens"]
+        out[name] = {
+            "seconds_products": taken,
+            "seconds_attention": attended,
+            "mfu_of_the_products": weights / taken / top,
+            "mfu": flops / (taken + attended) / top,
+        }
+    return out
+
+
 def score(args: argparse.Namespace, model: Any, params: Any, top: float, **options: Any):
     mine = rows_of(args, dataclasses.replace(model, remat="none"), args.score_tokens, **options)
     rows = jax.device_put(mine.batches[0])
@@ -261,7 +326,7 @@ def train(args: argparse.Namespace, model: Any, params: Any, top: float, **optio
 def main() -> None:
     args = parse()
     flags.FLAGS(sys.argv[:1])  # tokamax reads flags of its own, which argparse knows nothing of
-    parts = args.only.split(",") if args.only else ["ceiling", "attention", "steps"]
+    parts = args.only.split(",") if args.only else ["ceiling", "floor", "attention", "steps"]
     report = Report(args.out, args.time_limit, vars(args) | {"out": ""})
     model = ours.model_of(args.model, dtype=args.dtype)
     top = report.part("ceiling", lambda: ceiling(args, model))["ceiling"]
@@ -273,6 +338,9 @@ def main() -> None:
     if "attention" in parts:
         best = attention_part(args, model, names, report)
         report.add("attention used", best)
+        if "floor" in parts:
+            known = report.known[f"attention {best}"]
+            report.part("floor", lambda: floor(args, model, top, known), needs=30)
     if "steps" not in parts:
         return
     model = dataclasses.replace(model, place=attention.Placement(best))

@@ -51,9 +51,14 @@ class Ours:
             shape = shape._replace(row_length=longest, sizes=sizes)
         plan = pack.plan(lengths_N, order, **shape._asdict(), batch_pairs=self.batch_pairs)
         self.padding = pack.padding_fraction(plan, lengths_N, shape)
+        zero_N2 = np.zeros((len(self.pairs), 2))  # until somebody asks `stats`
         self.batches = [
             pack.collate(
-                self.pairs, pair_RS, pack.row_length(pair_RS, lengths_N, shape), share=self.share
+                self.pairs,
+                pair_RS,
+                pack.row_length(pair_RS, lengths_N, shape),
+                zero_N2,
+                share=self.share,
             )
             for pair_RS in plan
         ]

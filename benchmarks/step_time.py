@@ -160,7 +160,8 @@ def packed(
     shape = pack.shape(lengths_N2, batch_pairs=batch_pairs, factors=(1, 2, 3))
     exactly = None if fill else batch_pairs
     plan = pack.plan(lengths_N2, order_N, **shape._asdict(), batch_pairs=exactly)
-    rows = pack.collate(encoded, plan[0], shape.row_length)
+    ref_logps_N2 = np.zeros((len(encoded), 2))  # of no consequence for the time
+    rows = pack.collate(encoded, plan[0], shape.row_length, ref_logps_N2)
     return jax.device_put(rows), float(np.sum(plan >= 0) / len(plan))
 
 

@@ -25,10 +25,13 @@ SCALE = {"flops": 1e12}
 
 
 def points(rows: Sequence[Mapping[str, Any]]) -> list[Point]:
-    """The curve in the rows of a metrics.jsonl: those with an evaluation."""
+    """The curve in the rows of a metrics.jsonl: those with an evaluation, also by level."""
     keys = {"step": "step", "pairs": "pairs", "flops": "flops", "seconds": "perf/seconds"}
+    level = "eval_accuracy_level_"
     return [
-        {k: row.get(v, 0.0) for k, v in keys.items()} | {"accuracy": row["eval_accuracy"]}
+        {k: row.get(v, 0.0) for k, v in keys.items()}
+        | {"accuracy": row["eval_accuracy"]}
+        | {k.removeprefix("eval_"): v for k, v in row.items() if k.startswith(level)}
         for row in rows
         if "eval_accuracy" in row
     ]

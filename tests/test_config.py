@@ -166,7 +166,23 @@ def test_doubt_counts_where_the_policy_itself_wrote_the_pairs():
     assert config.settle_data(config.resolve({}), rates).selection.kappa == 2.0
     assert config.settle_data(config.resolve({}), gaps).selection.kappa == 0.0
     told = config.resolve({"selection": {"kappa": 1.0, "keep": 0.2, "uniform_share": 0.1}})
+    told = config.replace(told, **{"selection.margin": "reward"})
     assert config.settle_data(told, rates) == told
+
+
+def test_a_policy_that_knows_little_is_ranked_by_reward_margins():
+    def found(columns, loss="sigmoid", **selection):
+        given = {"selection": selection, "loss": {"name": loss}}
+        return config.settle_data(config.resolve(given), columns).selection.margin
+
+    little = {"pass_rate": np.array([0.25, 0.125, 0.5])}
+    assert found(little) == "reward"
+    assert found({"pass_rate": np.array([0.25, 0.375])}) == "likelihood"  # it knows enough
+    assert found({}) == found({"pass_rate": np.array([0.1, np.nan])}) == "likelihood"
+    # What is said stays; other rules, and losses without a reference, are as they were published.
+    assert found(little, margin="likelihood") == found(little, name="hard_first") == "likelihood"
+    assert found(little, loss="simpo") == found(little, length_normalised=True) == "likelihood"
+    assert found({"pass_rate": np.array([0.9])}, margin="reward") == "reward"
 
 
 def test_of_pairs_of_other_writers_most_are_kept_and_half_of_them_by_chance():

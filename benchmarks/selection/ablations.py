@@ -23,7 +23,7 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
     "kappa": {f"κ {k:g}": {"selection.kappa": float(k)} for k in (0, 1, 2, 4)},
     "delta": {f"δ {d:g}": {"selection.damping": d} for d in (0.01, 1.0)},
     "margin": {
-        "likelihood margin": {},
+        "likelihood margin": {"selection.margin": "likelihood"},
         "per token": {"selection.length_normalised": True},
         "reward margin": {"selection.margin": "reward"},
     },
@@ -65,13 +65,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--groups", default=",".join(GROUPS))
     parser.add_argument("--variants", default="", help="of these groups, by comma; all by default")
     parser.add_argument("--chosen", default="policy", help="policy, or exact chosen answers")
+    parser.add_argument("--weak", action="store_true", help="policies of small.py that know little")
     parser.add_argument("--flips", type=float, default=0.0, help="share of flipped labels")
+    parser.add_argument("--rates", default=str(small.RATES_FILE), help="where small.py wrote them")
     parser.add_argument("--rate", default="sage", help="whose learning rate the variants take")
     args = parser.parse_args(argv)
     if unknown := set(args.groups.split(",")) - set(GROUPS):
         parser.error(f"--groups: unknown {unknown}; there are {', '.join(GROUPS)}")
     args.groups = args.groups.split(",")
-    args.rates = json.loads(small.RATES_FILE.read_text())["rates"]
+    args.rates = json.loads(pathlib.Path(args.rates).read_text())["rates"]
     return args
 
 
@@ -89,7 +91,9 @@ def jobs_of(args: argparse.Namespace) -> tuple[dict[str, dict[str, Any]], dict[t
     def job(task: str, seed: int, name: str) -> lab.Job:
         rate = args.rates[task]["uniform" if name == "uniform" else args.rate]
         settings = variants[name] | {"train.steps": args.steps, "optim.lr": rate}
-        return lab.job(task, seed, settings, split="eval", chosen=args.chosen, flips=args.flips)
+        model = json.dumps(small.WEAK[task]) if args.weak else ""
+        return lab.job(task, seed, settings, split="eval", chosen=args.chosen, flips=args.flips,
+                       model=model)  # fmt: skip
 
     return variants, {
         (t, s, n): job(t, s, n)
@@ -134,7 +138,7 @@ def main() -> None:
         tables.append(f"## {group}\n\n" + table(names))
     lab.write(args.out, __doc__.split("\n")[0], tables, {
         "seeds": seeds, "tasks": tasks, "rates": args.rates, "chosen": args.chosen,
-        "flips": args.flips, "default": small.METHODS["sage"],
+        "flips": args.flips, "weak": args.weak, "default": small.METHODS["sage"],
         "summary": summary, "against_default": against, "by_task": by_task,
         "curves": {n: {f"{t}/{s}": c for (t, s), c in each.items()} for n, each in by.items()},
     }, done)  # fmt: skip

@@ -66,6 +66,14 @@ class Job:
 # What a task needs besides: equations of so small a decoder take longer, and a mistake spoils more.
 BASE_OF: dict[str, dict[str, Any]] = {
     "equations": {"train.steps": 1200, "task.count": 76_800, "task.faulty_share": 0.25},
+    "euclid:TASK": {"train.steps": 1200, "task.count": 76_800, "task.faulty_share": 0.25,
+                    "eval.max_new_tokens": 80},
+    "mixed:TASK": {"train.steps": 2400, "task.count": 153_600, "task.faulty_share": 0.25,
+                   "eval.max_new_tokens": 80},
+}  # fmt: skip
+# And its runs.
+RUN_OF: dict[str, dict[str, Any]] = {
+    task: {"eval.max_new_tokens": 80} for task in ("euclid:TASK", "mixed:TASK")
 }
 
 
@@ -196,7 +204,7 @@ def checked(scratch: pathlib.Path, job: Job) -> tuple[Any, str]:
     from sage_jax import config
 
     world = world_path(scratch, job.task, job.seed, job.model)
-    settings = RUN | {
+    settings = RUN | RUN_OF.get(job.task, {}) | {
         "model.path": str(world / "base" / "export"),
         "data.train": str(pairs_path(world, job.flips, job.chosen)),
         "eval.problems": f"task:{job.task}", "eval.split": job.split,
@@ -205,8 +213,10 @@ def checked(scratch: pathlib.Path, job: Job) -> tuple[Any, str]:
     } | dict(job.settings)  # fmt: skip
     run = load("quickstart", settings)
     columns = {} if job.chosen == "exact" else {"pass_rate": [0.5]}
-    settled = repr(config.settle_data(run, columns))
-    return run, hashlib.blake2b(settled.encode(), digest_size=10).hexdigest()
+    settled = config.settle_data(run, columns)
+    if run.selection.margin == "auto":  # by the pass rates of a world that may not be made yet
+        settled = config.replace(settled, **{"selection.margin": "auto"})
+    return run, hashlib.blake2b(repr(settled).encode(), digest_size=10).hexdigest()
 
 
 def _record(scratch: pathlib.Path, key: str) -> pathlib.Path:

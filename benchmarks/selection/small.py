@@ -25,6 +25,7 @@ METHODS: dict[str, dict[str, Any]] = {  # on top of lab.RUN; `sage` is the defau
     "sage": {},
     "sage even": {"selection.soft": 0.0},  # the same without weights inside the steps
     "sage soft": {"selection.soft": 0.5},  # with them whatever the labels look like
+    "sage likelihood": {"selection.margin": "likelihood"},  # also of a policy that knows little
     "random": {"selection.name": "random", "curriculum.sharpness": 0.0},
     "static": {"selection.name": "uniform"},  # on the third that SAGE selects before training
     "gradient": {"selection.name": "gradient", "selection.margin": "reward",
@@ -37,7 +38,8 @@ METHODS: dict[str, dict[str, Any]] = {  # on top of lab.RUN; `sage` is the defau
 PAIRS = {"static": {"chosen": "static"}}  # other pairs than the world's
 RATES = (4e-5, 8e-5, 1.6e-4)
 # Policies that know little: supervised for a third, and two fifths, of the steps.
-WEAK = {"arithmetic": {"train.steps": 260}, "equations": {"train.steps": 500}}
+WEAK = {"arithmetic": {"train.steps": 260}, "equations": {"train.steps": 500},
+        "mixed:TASK": {"train.steps": 800}}  # fmt: skip
 OWN, UNGUARDED = ", own rate", ", no guard"
 RATES_FILE = lab.RESULTS / "small_rates.json"
 
@@ -65,11 +67,12 @@ def conditions(
     """What is compared under which kind of pairs: settings, and what else makes the job."""
     plain = {name: (METHODS[name], PAIRS.get(name, {})) for name in methods}
     few = {name: plain[name] for name in ("uniform", "sage") if name in plain}
+    weakly = few | {name: plain[name] for name in ("sage likelihood", "random") if name in plain}
     own = {n + OWN: plain[n] for n in methods if rates.get(n, rates["uniform"]) != rates["uniform"]}
     found = {"on-policy": plain | own}
     found["exact chosen"] = {n: (s, {"chosen": "exact"}) for n, (s, _) in few.items()}
     if weak:
-        found["weak policy"] = {n: (s, {"model": json.dumps(weak)}) for n, (s, _) in few.items()}
+        found["weak policy"] = {n: (s, {"model": json.dumps(weak)}) for n, (s, _) in weakly.items()}
     for flips in (0.1, 0.2):
         noisy = {name: (settings, {"flips": flips}) for name, (settings, _) in few.items()}
         if "sage" in few:
@@ -114,7 +117,7 @@ def choose(args) -> None:
         for name in rates[task]
     ]  # fmt: skip
     lab.write(
-        str(RATES_FILE), "Mean accuracy over steps by learning rate, on validation",
+        args.rates, "Mean accuracy over steps by learning rate, on validation",
         [curves.markdown(header, rows)],
         {"rates": rates, "grid": grid, "seeds": args.seeds, "steps": args.steps}, done,
     )  # fmt: skip
@@ -160,6 +163,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--conditions", default="", help="of the pairs, by comma; all by default")
     parser.add_argument("--choose", action="store_true", help="learning rates, on validation")
+    parser.add_argument("--rates", default=str(RATES_FILE), help="where --choose wrote them")
     args = parser.parse_args(argv)
     unknown = set(args.methods.split(",")) - set(METHODS)
     if unknown or "uniform" not in args.methods.split(","):
@@ -171,7 +175,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def plan(argv: list[str]) -> list[lab.Job]:
     args = parse(argv)
-    rates = json.loads(RATES_FILE.read_text())["rates"]
+    rates = json.loads(pathlib.Path(args.rates).read_text())["rates"]
     return list(jobs_of(args, lab.numbers(args.seeds), rates).values())
 
 
@@ -179,7 +183,7 @@ def main() -> None:
     args = parse()
     if args.choose:
         return choose(args)
-    rates = json.loads(RATES_FILE.read_text())["rates"]
+    rates = json.loads(pathlib.Path(args.rates).read_text())["rates"]
     seeds = lab.numbers(args.seeds)
     jobs = jobs_of(args, seeds, rates)
     done = lab.run_all(pathlib.Path(args.scratch), jobs.values(), args.processes)

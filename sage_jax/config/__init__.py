@@ -19,6 +19,7 @@ from ml_collections import config_dict
 from sage_jax.config import checks
 from sage_jax.config.checks import SAMPLED_COLUMNS, kept_share, needs_scores, sample_source
 from sage_jax.config.schema import (
+    KNOWS_LITTLE,
     ON_POLICY,
     OTHERS,
     POOL_BATCHES,
@@ -34,6 +35,7 @@ from sage_jax.config.schema import (
 )
 
 __all__ = [
+    "KNOWS_LITTLE",
     "ON_POLICY",
     "OTHERS",
     "POOL_BATCHES",
@@ -153,6 +155,8 @@ def _settle(run: Run) -> Run:
         changes["curriculum.pool_size"] = POOL_BATCHES * run.train.batch_pairs if scored else 0
     if run.selection.refresh == -1:
         changes["selection.refresh"] = REFRESH if scored else 0.0
+    if run.selection.margin == "auto" and not _may_compare(run):
+        changes["selection.margin"] = "likelihood"
     if run.selection.soft == -1 and (run.selection.name != "sage" or run.train.accumulate > 1):
         changes["selection.soft"] = 0.0
     if not run.selection.guard:  # plain DPO trains on everything, unless told otherwise
@@ -160,6 +164,14 @@ def _settle(run: Run) -> Run:
     if plain:  # a config that compares a selection with plain DPO turns into it by one setting
         changes["compare.uniform"] = False
     return replace(run, **changes)
+
+
+def _may_compare(run: Run) -> bool:
+    """Whether reward margins may rank where nothing is said: they compare with a reference, and no
+    other setting is about likelihood margins."""
+    chosen = run.selection
+    plain = chosen.temperature == 1 and not chosen.length_normalised and not chosen.scoring_tokens
+    return chosen.name == "sage" and run.loss.name not in ("simpo", "sft") and plain
 
 
 def sampled(columns: Mapping[str, Any]) -> bool:
@@ -173,9 +185,9 @@ def sampled(columns: Mapping[str, Any]) -> bool:
 
 
 def settle_data(run: Run, columns: Mapping[str, Any]) -> Run:
-    """The run with the -1 of `selection.kappa`, `keep`, `uniform_share` replaced, by the data.
+    """The run with what the data decide: `selection.kappa`, `keep`, `uniform_share` and `margin`.
 
-    That of `selection.soft` stays where rounds decide: for pairs of the policy's own answers.
+    The -1 of `selection.soft` stays where rounds decide: for pairs of the policy's own answers.
 
     Pairs made of the policy's own answers carry its `pass_rate`. There the tokens' doubt says which
     errors are chance, and some pairs teach much more than others. Where the chosen answers come
@@ -183,6 +195,10 @@ def settle_data(run: Run, columns: Mapping[str, Any]) -> Run:
     quarters of a pool, half of them at random, were what lost to plain DPO on no task
     (benchmarks/results/selection/exact_settings.md). That is for `sage`, and for `random` beside
     it; other rules keep what they rank highest of any data.
+
+    A policy that gets less than `KNOWS_LITTLE` of its answers right learns from what it has not
+    moved on yet rather than from what it is surest of: there the reward margin ranks
+    (benchmarks/results/selection/several_kinds.md).
 
     Args:
         run: the settings.
@@ -192,13 +208,23 @@ def settle_data(run: Run, columns: Mapping[str, Any]) -> Run:
     2.0
     >>> settle_data(Run(), {"level": [1.0, 2.0]}).selection.kappa
     0.0
+    >>> settle_data(Run(), {"pass_rate": [0.5, 0.25]}).selection.margin
+    'likelihood'
+    >>> settle_data(Run(), {"pass_rate": [0.25, 0.25]}).selection.margin
+    'reward'
     """
     wanted = dict(ON_POLICY if sampled(columns) else OTHERS)
     if run.selection.name not in ("sage", "random"):  # random: its twin
         wanted |= {k: v for k, v in ON_POLICY.items() if k != "kappa"}
-    left = {f"selection.{k}": v for k, v in wanted.items() if getattr(run.selection, k) == -1}
+    left: dict[str, Any] = {
+        f"selection.{k}": v for k, v in wanted.items() if getattr(run.selection, k) == -1
+    }
     if run.selection.soft == -1 and not sampled(columns):
         left["selection.soft"] = 0.0
+    if run.selection.margin == "auto":
+        rate = columns.get("pass_rate", ()) if sampled(columns) else ()
+        little = len(rate) > 0 and sum(rate) / len(rate) < KNOWS_LITTLE
+        left["selection.margin"] = "reward" if little and _may_compare(run) else "likelihood"
     return replace(run, **left)
 
 

@@ -33,7 +33,7 @@ _CHOICES = {
     "data.share_prompts": ("auto", "problem", "pair", "off"),
     "loss.name": tuple(losses.LOSSES),
     "selection.scoring_dtype": ("", "bfloat16", "int8"),
-    "selection.margin": ("likelihood", "reward"),
+    "selection.margin": ("auto", "likelihood", "reward"),
     "selection.guard": ("", *noise.GUARDS),
     "optim.schedule": ("cosine", "linear", "constant"),
     "optim.name": ("adamw", "adafactor"),

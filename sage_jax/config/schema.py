@@ -94,7 +94,9 @@ class Selection:
     # Of the matmuls of that pass: bfloat16, "" = model.dtype, or int8 for those inside the layers
     scoring_dtype: str = ""  # (weights by column, inputs by token; needs the extra qlora)
     scoring_tokens: int = 0  # completion tokens of each side that it reads; 0 = all
-    margin: str = "likelihood"  # "likelihood": policy alone; "reward": against the reference
+    # "likelihood": of the policy alone; "reward": against the reference; "auto": that for sage and
+    # pairs whose pass_rate is below 0.3 on average, of a policy that knows little; else likelihood
+    margin: str = "auto"
     kappa: float = -1.0  # standard errors added to the margin; -1 = 2 with a pass_rate, 0 without
     damping: float = 0.1  # delta in signal^2 / (curvature + delta)
     temperature: float = 1.0  # scale of the likelihood margin
@@ -246,6 +248,7 @@ REFRESH = 3 / 16  # selection.refresh, for such a rule: three of these batches
 ON_POLICY = {"kappa": 2.0, "keep": 0.33, "uniform_share": 0.0}  # selection.*, with a pass_rate
 OTHERS = {"kappa": 0.0, "keep": 0.75, "uniform_share": 0.5}  # and without
 SOFT = 0.5  # selection.soft=-1 where it acts
+KNOWS_LITTLE = 0.3  # mean pass_rate below which selection.margin="auto" is "reward"
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -72,6 +72,8 @@ def score(run: config.Run, workdir: pathlib.Path) -> int:
     tokenizer = setup.load_tokenizer(run)
     pairs = setup.load_pairs(run, tokenizer, run.data.train)
     hosts.on_first(lambda: _check_rows(run))
+    if run.selection.margin == "auto":  # the other one says what training has moved
+        run = config.replace(run, **{"selection.margin": "likelihood"})
     run = config.settle_data(run, pairs.columns)
     setup.check_sides(pairs, "data.train")
     rounds.rule_column(run, pairs)

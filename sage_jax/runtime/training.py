@@ -242,10 +242,12 @@ def _describe(run: config.Run, parts: _Parts, workdir: pathlib.Path) -> None:
         text = f"every {every} rounds, from {run.sample.count} problems of {source}"
         lines.append(("new pairs", f"{text}, {run.sample.per_problem} answers each"))
     if config.needs_scores(run):
-        kappa = config.settle_data(run, pairs.columns).selection.kappa
-        text = f"{run.selection.name}, kappa {kappa:g}"
+        settled = config.settle_data(run, pairs.columns).selection
+        text = f"{run.selection.name}, kappa {settled.kappa:g}"
         if run.selection.kappa == -1:
-            text += ", as the pairs " + ("have" if kappa else "lack") + " a pass_rate"
+            text += ", as the pairs " + ("have" if settled.kappa else "lack") + " a pass_rate"
+        if run.selection.margin == "auto" and settled.margin == "reward":
+            text += f"; reward margins, as the pass_rate is below {config.KNOWS_LITTLE} on average"
         lines.append(("selection", text))
     lines.append(("devices", f"{jax.device_count()} {jax.devices()[0].platform}"))
     lines.append(("workdir", str(workdir)))

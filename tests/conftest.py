@@ -1,8 +1,6 @@
 """Every test sees eight CPU devices; one device is the default place of work."""
 
 import atexit
-import gc
-import importlib.metadata
 import os
 import shutil
 import tempfile
@@ -11,22 +9,12 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-# Most of a test's time is the compiler's, on programs that run once: half of it is enough for them,
-# in one module of LLVM rather than 32. And jax 0.10 still has XLA's emitters of old, which compile
-# in a third of the time; later versions do not know the flag, and end at one that they do not know.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
-)
-if importlib.metadata.version("jaxlib").startswith("0.10."):
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+# Most of a test's time is LLVM's, on programs that run once: half of it is enough for them.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
 import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
-
-# Tracing makes many objects and little garbage: looking for it took a tenth of the time.
-gc.set_threshold(50_000, 20, 20)
 
 # Runs of the same programs, here and in processes of their own, compile them once a session.
 compiled = tempfile.mkdtemp(prefix="sage_jax_tests_")

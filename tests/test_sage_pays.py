@@ -14,8 +14,6 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 @pytest.mark.slow
 def test_the_mean_curve_of_sage_lies_above_that_of_uniform(tmp_path):
     out = tmp_path / "compare.json"
-    # It trains for minutes: here optimised programs pay.
-    flags = os.environ["XLA_FLAGS"].replace("optimization_level=0", "optimization_level=3")
     subprocess.run(
         [sys.executable, ROOT / "benchmarks/quickstart_compare.py", "--world=shipped",
          "--seeds=0,1", "--steps=75", "--methods=sage,uniform", "--set", "eval.count=400",
@@ -23,7 +21,7 @@ def test_the_mean_curve_of_sage_lies_above_that_of_uniform(tmp_path):
         check=True, capture_output=True, timeout=900, cwd=tmp_path,
         env=os.environ | {
             "SAGE_JAX_CACHE": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": flags,
+            "XLA_FLAGS": "",  # it trains for minutes: here optimised programs pay
         },
     )  # fmt: skip
     found = json.loads(out.read_text())

@@ -17,6 +17,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 SMALL = {
     "train.steps": 9, "train.batch_pairs": 8, "curriculum.pool_size": 48, "checkpoint.every": 100,
     "selection.kappa": 2.0,
+    "selection.margin": "likelihood",
     "data.limit": 200, "loss.beta": 0.5, "loss.nll_weight": 0.0, "optim.lr": 1e-4,
     "compare.uniform": False,
     "selection.keep": 0.5, "selection.uniform_share": 0.5, "selection.refresh": 0.0,

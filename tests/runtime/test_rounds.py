@@ -30,7 +30,8 @@ def _visited(margins: list[list[float]], error: float) -> curriculum.Memory:
 )
 def test_remembered_errors_combine_tokens_and_rounds_as_asked(stability, want):
     margins = [[1.0, 2.0, 4.0], [-1.0, -1.0, -1.0]]
-    run = config.resolve({"selection": {"stability": stability, "kappa": 1.0}})
+    chosen = {"stability": stability, "kappa": 1.0, "margin": "likelihood"}
+    run = config.resolve({"selection": chosen})
     found = rounds.remembered_scores(
         _visited(margins, 3.0), np.arange(2), losses.sigmoid(run.loss.beta), run
     )

@@ -20,6 +20,7 @@ SMALL = {
     "compare.uniform": False, "curriculum.strata": 1, "curriculum.sharpness": 0.0,
     "selection.keep": 0.5, "selection.uniform_share": 0.0, "selection.refresh": 0.0,
     "selection.kappa": 2.0,
+    "selection.margin": "likelihood",
 }  # fmt: skip
 
 

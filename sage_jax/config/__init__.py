@@ -155,7 +155,10 @@ def _settle(run: Run) -> Run:
         changes["curriculum.pool_size"] = POOL_BATCHES * run.train.batch_pairs if scored else 0
     if run.selection.refresh == -1:
         changes["selection.refresh"] = REFRESH if scored else 0.0
-    if run.selection.margin == "auto" and not _may_compare(run):
+    chosen = run.selection
+    told = chosen.temperature != 1 or chosen.length_normalised or chosen.scoring_tokens
+    compares = run.loss.name not in ("simpo", "sft")  # with a reference
+    if chosen.margin == "auto" and (chosen.name != "sage" or told or not compares):
         changes["selection.margin"] = "likelihood"
     if run.selection.soft == -1 and (run.selection.name != "sage" or run.train.accumulate > 1):
         changes["selection.soft"] = 0.0
@@ -164,14 +167,6 @@ def _settle(run: Run) -> Run:
     if plain:  # a config that compares a selection with plain DPO turns into it by one setting
         changes["compare.uniform"] = False
     return replace(run, **changes)
-
-
-def _may_compare(run: Run) -> bool:
-    """Whether reward margins may rank where nothing is said: they compare with a reference, and no
-    other setting is about likelihood margins."""
-    chosen = run.selection
-    plain = chosen.temperature == 1 and not chosen.length_normalised and not chosen.scoring_tokens
-    return chosen.name == "sage" and run.loss.name not in ("simpo", "sft") and plain
 
 
 def sampled(columns: Mapping[str, Any]) -> bool:
@@ -224,7 +219,7 @@ def settle_data(run: Run, columns: Mapping[str, Any]) -> Run:
     if run.selection.margin == "auto":
         rate = columns.get("pass_rate", ()) if sampled(columns) else ()
         little = len(rate) > 0 and sum(rate) / len(rate) < KNOWS_LITTLE
-        left["selection.margin"] = "reward" if little and _may_compare(run) else "likelihood"
+        left["selection.margin"] = "reward" if little else "likelihood"
     return replace(run, **left)
 
 

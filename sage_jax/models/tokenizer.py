@@ -77,7 +77,10 @@ def _is_generic(where: pathlib.Path) -> bool:
     file = where / "tokenizer_config.json"
     if not file.exists() or not (where / "tokenizer.json").exists():
         return False
-    fields = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return False  # transformers says what is wrong with it
     return fields.get("tokenizer_class") == "TokenizersBackend" and "auto_map" not in fields
 
 

@@ -295,9 +295,13 @@ def _watch(joined: threading.Event, wait: int) -> None:
     from jax._src import distributed
 
     state = distributed.global_state
-    who = f"sage-jax: process {state.process_id} on {socket.gethostname()}"
+
+    def who() -> str:  # JAX knows which once it has asked the cluster
+        process = "a process" if state.client is None else f"process {state.process_id}"
+        return f"sage-jax: {process} on {socket.gethostname()}"
+
     where = f" at {state.coordinator_address}" if state.coordinator_address else ""
-    print(f"{who} waits for the others{where}", file=sys.stderr, flush=True)
+    print(f"{who()} waits for the others{where}", file=sys.stderr, flush=True)
     # The first holds what the others ask: it goes last, so that all of them end in words.
     if joined.wait(wait - soon + (5 if state.process_id == 0 else 0)):
         return
@@ -309,7 +313,7 @@ def _watch(joined: threading.Event, wait: int) -> None:
             f"seconds. Those that were say that they wait; the output of the one that does not "
             f"says why."
         )
-    print(f"{who}: {said} --join_timeout=SECONDS waits longer.", file=sys.stderr, flush=True)
+    print(f"{who()}: {said} --join_timeout=SECONDS waits longer.", file=sys.stderr, flush=True)
     os._exit(1)
 
 

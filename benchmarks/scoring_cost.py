@@ -36,7 +36,7 @@ import scipy.stats
 from sage_jax import __main__ as launcher
 from sage_jax import config, curriculum, models, rules, scores
 from sage_jax.data import encode, pack, records, steps
-from sage_jax.runtime import counters, forward, loop, programs, setup, sharing, state
+from sage_jax.runtime import counters, dataset, forward, loop, programs, setup, sharing, state
 from sage_jax.runtime import mesh as meshes
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -80,7 +80,7 @@ def quickstart(args: argparse.Namespace) -> Job:
         },
     )
     policy = setup.load_policy(run, meshes.make_mesh())
-    pairs = setup.load_pairs(run, policy.tokenizer, run.data.train)
+    pairs = dataset.load_pairs(run, policy.tokenizer, run.data.train)
     return make_job(run, policy, pairs)
 
 

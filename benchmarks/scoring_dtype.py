@@ -36,7 +36,7 @@ import scoring_cost
 
 from sage_jax import config
 from sage_jax.models import quantised
-from sage_jax.runtime import forward, setup
+from sage_jax.runtime import dataset, forward, setup
 from sage_jax.runtime import mesh as meshes
 
 DTYPES = {"float32": "", "bfloat16": "bfloat16", "int8": "int8"}
@@ -54,7 +54,7 @@ def smollm2(args: argparse.Namespace) -> scoring_cost.Job:
     })  # fmt: skip
     policy = setup.load_policy(run, meshes.make_mesh())
     return scoring_cost.make_job(
-        run, policy, setup.load_pairs(run, policy.tokenizer, run.data.train)
+        run, policy, dataset.load_pairs(run, policy.tokenizer, run.data.train)
     )
 
 

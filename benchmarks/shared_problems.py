@@ -29,7 +29,7 @@ from sage_jax import config, models
 from sage_jax.data import encode, records, steps
 from sage_jax.generate import pairs as pair_makers
 from sage_jax.generate import prompting, sampler
-from sage_jax.runtime import evaluation, forward, setup, sharing
+from sage_jax.runtime import dataset, evaluation, forward, setup, sharing
 from sage_jax.runtime import mesh as meshes
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -158,7 +158,7 @@ def main() -> None:
     given = config.resolve(
         launcher.parse(["train", f"--config={ROOT / 'configs/smollm2_arithmetic.py'}"])[1]
     )
-    pairs = setup.load_pairs(given, setup.load_tokenizer(given), given.data.train)
+    pairs = dataset.load_pairs(given, setup.load_tokenizer(given), given.data.train)
     result["tokens"]["given"] = tokens(given, policy, pairs)
     common.write(args.out, result)
 

@@ -362,14 +362,14 @@ def test_eval_leaves_out_problems_that_were_trained_on(rows):
     problems = tasks.problems(task, count=4, seed=0, split="eval")
     data = rows(*({"prompt": p.prompt, "chosen": "1", "rejected": "2"} for p in problems[:3]))
     from sage_jax import config
-    from sage_jax.runtime import evaluation, setup
+    from sage_jax.runtime import dataset, evaluation, setup
 
     run = config.resolve({
         "model": {"path": "package:sage_jax/assets/quickstart"}, "data": {"train": data},
         "eval": {"problems": "task:arithmetic", "count": 4},
     })  # fmt: skip
     tokenizer = setup.load_tokenizer(run)
-    held = evaluation.held_out(run, tokenizer, setup.load_pairs(run, tokenizer, data))
+    held = evaluation.held_out(run, tokenizer, dataset.load_pairs(run, tokenizer, data))
     assert len(held.problems) == 4 and held.seen == 3
     assert not {p.prompt for p in held.problems} & {p.prompt for p in problems[:3]}
     alone = evaluation.held_out(run, tokenizer, None)

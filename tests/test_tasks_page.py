@@ -13,7 +13,7 @@ from sage_jax import __main__ as launcher
 from sage_jax import config
 from sage_jax.generate import chars, tasks
 from sage_jax.report import writers
-from sage_jax.runtime import setup
+from sage_jax.runtime import dataset, setup
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/tasks.md"
@@ -68,7 +68,7 @@ def test_a_new_models_tokenizer_knows_every_character_and_the_config_gives_the_o
     run = config.resolve(given)
     tokenizer = setup.load_tokenizer(run)
     assert len(tokenizer) == 4 + len(task.alphabet)
-    pairs = setup.load_pairs(run, tokenizer, run.data.train)
+    pairs = dataset.load_pairs(run, tokenizer, run.data.train)
     assert len(pairs) == 64
     assert tokenizer.convert_tokens_to_ids(chars.UNKNOWN) not in pairs.tokens
     teacher = {"seed": 3, "share": 0.5, "odds": (1.0,)}

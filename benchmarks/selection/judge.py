@@ -22,9 +22,9 @@ def judged(workdir: pathlib.Path, run: Any, every: int) -> list[dict[str, Any]]:
     import orbax.checkpoint as ocp
 
     from sage_jax import curriculum, noise
-    from sage_jax.runtime import setup, suspicion
+    from sage_jax.runtime import dataset, setup, suspicion
 
-    pairs = setup.load_pairs(run, setup.load_tokenizer(run), run.data.train)
+    pairs = dataset.load_pairs(run, setup.load_tokenizer(run), run.data.train)
     flipped_N = pairs.columns["flipped"]
     found = []
     for step in range(every, run.train.steps + 1, every):

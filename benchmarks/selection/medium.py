@@ -70,7 +70,7 @@ import medium_files as files
 import medium_report as reports
 
 from sage_jax import config
-from sage_jax.runtime import modes, setup
+from sage_jax.runtime import dataset, modes, setup
 
 STAGES = ("problems", "sft", "sample", "grid", "train", "report")
 METHODS: dict[str, dict[str, Any]] = {  # on top of the size's settings; sage is as it comes
@@ -206,7 +206,7 @@ def expect(args: argparse.Namespace, run: config.Run, world: World, split: str) 
 
 def rows_and_tokens(run: config.Run) -> tuple[int, float]:
     """How many rows the training data have, and tokens in one on average."""
-    pairs = setup.load_pairs(run, setup.load_tokenizer(run), run.data.train)
+    pairs = dataset.load_pairs(run, setup.load_tokenizer(run), run.data.train)
     return len(pairs), float(pairs.lengths_N2.sum()) / len(pairs)
 
 

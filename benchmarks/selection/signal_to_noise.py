@@ -56,8 +56,8 @@ def measure(scratch: str, task: str, seed: int, flips: float, lr: float) -> list
 
     from sage_jax import config, step
     from sage_jax.data import pack
+    from sage_jax.runtime import dataset, setup, state
     from sage_jax.runtime import mesh as meshes
-    from sage_jax.runtime import setup, state
 
     world = lab.make_world(pathlib.Path(scratch), task, seed)
     run = lab.load("quickstart", lab.RUN | {
@@ -66,7 +66,7 @@ def measure(scratch: str, task: str, seed: int, flips: float, lr: float) -> list
         "data.cache": str(pathlib.Path(scratch) / "encoded"),
     })  # fmt: skip
     tokenizer = setup.load_tokenizer(run)
-    pairs = setup.load_pairs(run, tokenizer, run.data.train)
+    pairs = dataset.load_pairs(run, tokenizer, run.data.train)
     run = config.settle_data(run, pairs.columns)
     policy = setup.load_policy(run, meshes.make_mesh(1, 1, 1), tokenizer)
     loss, logps_fn = setup.make_loss(run), policy.logps_fn()

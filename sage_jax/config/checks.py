@@ -120,7 +120,8 @@ def _check_together(run: Run) -> None:
             f"and be a multiple of model.kv_heads={run.model.kv_heads}."
         )
     pool = run.curriculum.pool_size
-    follows = chosen.keep == -1 and chosen.name in ("sage", "random")  # see setup.check_pairs, too
+    # Which share these two keep the data says; `dataset.check_pairs` asks again when they are read.
+    follows = chosen.keep == -1 and chosen.name in ("sage", "random")
     if pool and pool * (OTHERS["keep"] if follows else kept_share(run)) < run.train.batch_pairs:
         raise ValueError(
             f"config.selection.keep={kept_share(run)} keeps {pool * kept_share(run):.1f} pairs of "

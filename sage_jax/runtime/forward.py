@@ -19,6 +19,7 @@ from sage_jax.report import progress
 from sage_jax.runtime import (
     ahead,
     counters,
+    dataset,
     hosts,
     programs,
     reference,
@@ -194,7 +195,7 @@ class Scorer:
         self.rescore = jax.jit(rounds.make_rescore_fn(run, loss))
         self._sizes: set[int] = set()  # of passes whose scores have been compiled
         if run.selection.scoring_tokens:
-            self.pairs = setup.first_tokens(pairs, run.selection.scoring_tokens)
+            self.pairs = dataset.first_tokens(pairs, run.selection.scoring_tokens)
             shapes = sharing.shapes(
                 run, policy.model, passes.mesh, self.pairs, share=passes.shape.share
             )

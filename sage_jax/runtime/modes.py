@@ -10,6 +10,7 @@ from sage_jax.generate import pairs as pair_makers
 from sage_jax.report import progress, writers
 from sage_jax.runtime import (
     checkpoint,
+    dataset,
     evaluation,
     forward,
     hosts,
@@ -93,15 +94,15 @@ def eval(run: config.Run, workdir: pathlib.Path | None) -> int:
     tokenizer = setup.load_tokenizer(run)
     trained = None  # problems of a built-in task are no training data of another split
     if run.data.train and not run.data.train.startswith("task:"):
-        trained = setup.load_pairs(run, tokenizer, run.data.train)
+        trained = dataset.load_pairs(run, tokenizer, run.data.train)
     held = evaluation.held_out(run, tokenizer, trained)
-    pairs = setup.load_pairs(run, tokenizer, run.data.eval) if run.data.eval else None
+    pairs = dataset.load_pairs(run, tokenizer, run.data.eval) if run.data.eval else None
     if pairs is not None:
-        setup.check_sides(pairs, "data.eval")
+        dataset.check_sides(pairs, "data.eval")
     policy = setup.load_policy(run, mesh, tokenizer)
     other = passes = None
     if pairs is not None:
-        setup.check_ids(pairs, policy)
+        dataset.check_ids(pairs, policy)
         other = setup.load_reference(run, policy, mesh)
         passes = forward.Passes(policy, mesh, *sharing.shapes(run, policy.model, mesh, pairs))
     evaluator = evaluation.Evaluator(run, policy, held, passes, pairs, other)
@@ -193,7 +194,7 @@ def doctor(run: config.Run, workdir: pathlib.Path | None) -> int:
     del workdir
     tokenizer = setup.load_tokenizer(run)
     found = records.read(
-        setup.sources(run, run.data.train), format=run.data.format, on_bad_row="skip"
+        dataset.sources(run, run.data.train), format=run.data.format, on_bad_row="skip"
     )
     encoded = encode.encode(found, tokenizer, max_length=run.data.max_length)
     print(doctors.report(found, encoded)[1])

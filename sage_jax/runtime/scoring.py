@@ -15,7 +15,7 @@ from sage_jax import config, curriculum, logprobs, noise, rules, scores, selecti
 from sage_jax.data import encode, records
 from sage_jax.generate import pairs as pair_makers
 from sage_jax.report import progress, writers
-from sage_jax.runtime import forward, hosts, rounds, setup, sharing, suspicion
+from sage_jax.runtime import dataset, forward, hosts, rounds, setup, sharing, suspicion
 
 
 def score(run: config.Run, workdir: pathlib.Path) -> int:
@@ -70,15 +70,15 @@ def score(run: config.Run, workdir: pathlib.Path) -> int:
     hosts.on_first(lambda: _check_new(workdir))
     mesh = setup.make_mesh(run)
     tokenizer = setup.load_tokenizer(run)
-    pairs = setup.load_pairs(run, tokenizer, run.data.train)
+    pairs = dataset.load_pairs(run, tokenizer, run.data.train)
     hosts.on_first(lambda: _check_rows(run))
     if run.selection.margin == "auto":  # the other one says what training has moved
         run = config.replace(run, **{"selection.margin": "likelihood"})
     run = config.settle_data(run, pairs.columns)
-    setup.check_sides(pairs, "data.train")
+    dataset.check_sides(pairs, "data.train")
     rounds.rule_column(run, pairs)
     policy = setup.load_policy(run, mesh, tokenizer)
-    setup.check_ids(pairs, policy)
+    dataset.check_ids(pairs, policy)
     other = setup.load_reference(run, policy, mesh)
     passes = forward.Passes(policy, mesh, *sharing.shapes(run, policy.model, mesh, pairs))
     stats = forward.stored_stats(run, policy, passes, pairs, "scoring")
@@ -141,7 +141,7 @@ def _check_new(workdir: pathlib.Path) -> None:
 
 def _raw_rows(run: config.Run) -> list[Any]:
     """The rows of the source as they stand there, without the bad ones: `row_N` counts those."""
-    rows = [row for _, row in records.raw(setup.sources(run, run.data.train))]
+    rows = [row for _, row in records.raw(dataset.sources(run, run.data.train))]
     if run.data.on_bad_row == "error":
         return rows  # none is bad
 
@@ -164,7 +164,7 @@ def _text(value: Any) -> str:
 
 def _check_rows(run: config.Run) -> None:
     """Whether JSON holds the rows of the source, which may be Parquet, before they are scored."""
-    for origin, row in records.raw(setup.sources(run, run.data.train)):
+    for origin, row in records.raw(dataset.sources(run, run.data.train)):
         for column, value in row.items() if isinstance(row, dict) else ():
             try:
                 json.dumps(value, default=_text)

@@ -16,6 +16,7 @@ from sage_jax.models import attention, quantised
 from sage_jax.report import writers
 from sage_jax.runtime import (
     counters,
+    dataset,
     divergence,
     evaluation,
     forward,
@@ -76,11 +77,11 @@ def _load(run: config.Run, mesh: jax.sharding.Mesh, mode: str) -> _Parts:
     """Loads and checks everything that a user named, the quick things first."""
     attention.Placement(run.model.attention, mesh).check()
     tokenizer = setup.load_tokenizer(run)
-    pairs = setup.load_pairs(run, tokenizer, run.data.train)
-    setup.check_pairs(config.settle_data(run, pairs.columns), pairs, sft=mode == "sft")
-    held_out = setup.load_pairs(run, tokenizer, run.data.eval) if run.data.eval else None
+    pairs = dataset.load_pairs(run, tokenizer, run.data.train)
+    dataset.check_pairs(config.settle_data(run, pairs.columns), pairs, sft=mode == "sft")
+    held_out = dataset.load_pairs(run, tokenizer, run.data.eval) if run.data.eval else None
     if held_out is not None and mode == "train":
-        setup.check_sides(held_out, "data.eval")
+        dataset.check_sides(held_out, "data.eval")
     if run.curriculum.difficulty not in ("auto", "margin"):
         rounds.difficulty(pairs, None, run.curriculum.difficulty)
     rounds.rule_column(run, pairs)
@@ -91,7 +92,7 @@ def _load(run: config.Run, mesh: jax.sharding.Mesh, mode: str) -> _Parts:
         asked = resample_plan.load_problems(run, tokenizer, problems, held_out)
     policy = setup.load_policy(run, mesh, tokenizer)
     for data in (pairs, held_out) if held_out is not None else (pairs,):
-        setup.check_ids(data, policy)
+        dataset.check_ids(data, policy)
     other = setup.load_reference(run, policy, mesh)
     return _Parts(policy, other, pairs, held_out, problems, asked)
 
@@ -230,7 +231,7 @@ def _describe(run: config.Run, parts: _Parts, workdir: pathlib.Path) -> None:
         ("model", f"{run.model.path}: {parts.policy.model.spec.family}, {size / 1e6:.2f} M "
                   f"parameters{frozen}"),
         ("data", f"{len(pairs)} {unit}, {pairs.lengths_N2.sum() / len(pairs):.0f} tokens each"
-                 f"{setup.left_out(pairs)}"),
+                 f"{dataset.left_out(pairs)}"),
     ]  # fmt: skip
     if held is not None:
         text = f"{len(held.problems)} problems of {run.eval.problems}"

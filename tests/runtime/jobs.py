@@ -6,7 +6,7 @@ import pytest
 
 from sage_jax import __main__ as launcher
 from sage_jax import config
-from sage_jax.runtime import forward, setup
+from sage_jax.runtime import dataset, forward, setup
 from sage_jax.runtime import mesh as meshes
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -25,7 +25,7 @@ def loaded(run, base):
         patch.setenv("SAGE_JAX_CACHE", str(base))
         mesh = meshes.make_mesh()
         policy = setup.load_policy(run, mesh)
-        pairs = setup.load_pairs(run, policy.tokenizer, run.data.train)
+        pairs = dataset.load_pairs(run, policy.tokenizer, run.data.train)
         passes = forward.Passes(policy, mesh, setup.row_shape(run, pairs.lengths_N2, mesh))
         stats = forward.stored_stats(run, policy, passes, pairs, "reference")
     return {"policy": policy, "passes": passes, "pairs": pairs, "start": stats,

@@ -45,7 +45,7 @@ def train(mesh, workdir, cache, stop_after=None):
     from sage_jax import config
     from sage_jax.models import tensors
     from sage_jax.report import writers
-    from sage_jax.runtime import forward, hosts, loop, setup
+    from sage_jax.runtime import dataset, forward, hosts, loop, setup
 
     own = {"reference": {"store": str(cache)}, "data": SETTINGS["data"] | {"cache": str(cache)}}
     run = config.resolve(SETTINGS | own)
@@ -63,7 +63,7 @@ def train(mesh, workdir, cache, stop_after=None):
     tensors.assemble = counted
     policy = setup.load_policy(run, mesh)
     tensors.assemble = real
-    pairs = setup.load_pairs(run, policy.tokenizer, run.data.train)
+    pairs = dataset.load_pairs(run, policy.tokenizer, run.data.train)
     passes = forward.Passes(policy, mesh, setup.row_shape(run, pairs.lengths_N2, mesh))
     start = forward.stored_stats(run, policy, passes, pairs, "reference")
     trainer = loop.Trainer(

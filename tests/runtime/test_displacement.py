@@ -9,7 +9,7 @@ import pytest
 from sage_jax import __main__ as launcher
 from sage_jax import config
 from sage_jax.report import writers
-from sage_jax.runtime import checkpoint, displacement, divergence, forward, loop, setup
+from sage_jax.runtime import checkpoint, dataset, displacement, divergence, forward, loop, setup
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -153,7 +153,7 @@ def job(tmp_path_factory):
         )
         run, mesh = config.resolve(found), meshes.make_mesh()
         policy = setup.load_policy(run, mesh)
-        pairs = setup.load_pairs(run, policy.tokenizer, run.data.train)
+        pairs = dataset.load_pairs(run, policy.tokenizer, run.data.train)
         passes = forward.Passes(policy, mesh, setup.row_shape(run, pairs.lengths_N2, mesh))
         stats = forward.stored_stats(run, policy, passes, pairs, "reference")
     return run, {"policy": policy, "passes": passes, "pairs": pairs, "start": stats,

@@ -11,7 +11,7 @@ import pytest
 from sage_jax import curriculum, scores
 from sage_jax.data import encode, records
 from sage_jax.report import writers
-from sage_jax.runtime import counters, forward, loop, rounds, setup
+from sage_jax.runtime import counters, dataset, forward, loop, rounds, setup
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SMALL = {
@@ -156,7 +156,7 @@ def test_bfloat16_scores_are_close_and_are_those_of_a_bfloat16_model(job, moved)
 
 def test_first_tokens_cuts_completions_and_nothing_else(job):
     pairs = job["pairs"]
-    short = setup.first_tokens(pairs, 7)
+    short = dataset.first_tokens(pairs, 7)
     for i in range(0, 200, 23):
         for side in range(2):
             ids, start = pairs.sequence(i, side)

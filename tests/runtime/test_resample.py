@@ -21,6 +21,7 @@ from sage_jax.generate import tasks
 from sage_jax.report import writers
 from sage_jax.runtime import (
     counters,
+    dataset,
     evaluation,
     forward,
     loop,
@@ -74,7 +75,7 @@ def job(tmp_path_factory):
         patch.setenv("SAGE_JAX_CACHE", str(base))
         run, mesh = small_run(), meshes.make_mesh(devices=jax.devices()[:1])
         policy = setup.load_policy(run, mesh)
-        pairs = setup.load_pairs(run, policy.tokenizer, run.data.train)
+        pairs = dataset.load_pairs(run, policy.tokenizer, run.data.train)
         problems = resample_plan.load_problems(run, policy.tokenizer, None, None)
         lengths = pairs.row_lengths(True)
         lengths = resample_plan.planned(run, policy.tokenizer, pairs, problems, lengths)

@@ -12,7 +12,7 @@ import pytest
 
 from sage_jax import config
 from sage_jax.models import attention, spec
-from sage_jax.runtime import counters, forward, loop, setup, sharing
+from sage_jax.runtime import counters, dataset, forward, loop, setup, sharing
 from sage_jax.runtime import mesh as meshes
 
 SMALL = {
@@ -54,7 +54,7 @@ def outcomes(data, tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("SAGE_JAX_CACHE", str(base / name))
             policy = setup.load_policy(run, mesh)
-            pairs = setup.load_pairs(run, policy.tokenizer, run.data.train)
+            pairs = dataset.load_pairs(run, policy.tokenizer, run.data.train)
             shapes = sharing.shapes(run, policy.model, mesh, pairs)
             passes = forward.Passes(policy, mesh, *shapes)
             spent = counters.Counters()
@@ -93,7 +93,7 @@ def test_a_problem_is_computed_once_in_passes_and_in_steps_where_they_meet(outco
     passes, _, outcome, spent = outcomes["problem"]
     run = small_run(data)
     policy = setup.load_policy(run, passes.mesh)
-    pairs = setup.load_pairs(run, policy.tokenizer, run.data.train)
+    pairs = dataset.load_pairs(run, policy.tokenizer, run.data.train)
     alone_N = counters.pair_flops(policy.model, pairs, shared=True)
     of_step_N = counters.step_flops(policy.model, pairs, passes.shape, run.train.batch_pairs)
     assert passes.whole.keys > 1 and passes.shape.keys > 1
@@ -115,7 +115,7 @@ def test_one_place_says_where_problems_are_computed_once(data, tmp_path, monkeyp
     monkeypatch.setenv("SAGE_JAX_CACHE", str(tmp_path))
     run, mesh = small_run(data), meshes.make_mesh(devices=jax.devices()[:1])
     policy = setup.load_policy(run, mesh)
-    pairs = setup.load_pairs(run, policy.tokenizer, run.data.train)
+    pairs = dataset.load_pairs(run, policy.tokenizer, run.data.train)
     shape = setup.row_shape(run, pairs.row_lengths(True), mesh, share=True)
     decide = functools.partial(sharing.problem_shapes, pairs=pairs, shape=shape)
     model = policy.model

@@ -20,7 +20,7 @@ SPEC = spec.ModelSpec(vocab=VOCABULARY, d_model=32, d_ff=64, layers=2, heads=4, 
 RUN = config.resolve(
     {
         "train": {"steps": 10, "batch_pairs": ROWS * SLOTS},
-        "selection": {"kappa": 0.0},
+        "selection": {"kappa": 0.0, "margin": "likelihood"},
         "optim": {"lr": 1e-2, "schedule": "constant", "warmup": 0.0},
         "loss": {"nll_weight": 0.1},
     }

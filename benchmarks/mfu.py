@@ -35,8 +35,10 @@ import ours
 import race
 from absl import flags
 
-from sage_jax import batch, head, logprobs, step
+from sage_jax import batch, head, logprobs, product, step
 from sage_jax.models import attention
+
+PARTS = ("attention", "floor", "steps")  # after the ceiling
 
 
 def parse() -> argparse.Namespace:
@@ -50,11 +52,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--kernels", default="", help="'' = those of the platform")
     parser.add_argument(
-        "--only", default="", help="parts, by comma: ceiling, floor, attention, steps"
+        "--only", default=",".join(PARTS), help="parts, by comma; floor needs attention"
     )
     parser.add_argument("--time-limit", type=float, default=1e9, help="seconds")
     parser.add_argument("--out", default="")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.only = args.only.split(",")
+    if set(args.only) - set(PARTS) or ("floor" in args.only and "attention" not in args.only):
+        parser.error(f"--only: any of {', '.join(PARTS)}, and attention with floor")
+    return args
 
 
 class Report:
@@ -241,10 +247,13 @@ def floor(
             for i, shape in enumerate(shapes.values())
         )
         time_of = functools.partial(seconds, repeats=args.repeats)
-        taken = time_of(jax.jit(lambda x, w: x @ w), x, w)
+
+        def product_of(x, w):  # in the form in which a step has it
+            return product.matmul(x, w, jax.default_backend())
+
+        taken = time_of(jax.jit(product_of), x, w)
         if backward:
-            taken += time_of(jax.jit(lambda y, w: y @ w.T), y, w)
-            taken += time_of(jax.jit(lambda x, y: x.T @ y), x, y)
+            taken += time_of(jax.jit(lambda x, w, y: jax.vjp(product_of, x, w)[1](y)), x, w, y)
         return taken
 
     out = {}
@@ -326,7 +335,6 @@ def train(args: argparse.Namespace, model: Any, params: Any, top: float, **optio
 def main() -> None:
     args = parse()
     flags.FLAGS(sys.argv[:1])  # tokamax reads flags of its own, which argparse knows nothing of
-    parts = args.only.split(",") if args.only else ["ceiling", "floor", "attention", "steps"]
     report = Report(args.out, args.time_limit, vars(args) | {"out": ""})
     model = ours.model_of(args.model, dtype=args.dtype)
     top = report.part("ceiling", lambda: ceiling(args, model))["ceiling"]
@@ -335,13 +343,13 @@ def main() -> None:
         "gpu": ["triton", "tokamax", "blocks"], "tpu": ["splash", "blocks"],
     }.get(platform, ["blocks"])  # fmt: skip
     best = names[0]
-    if "attention" in parts:
+    if "attention" in args.only:
         best = attention_part(args, model, names, report)
         report.add("attention used", best)
-        if "floor" in parts:
+        if "floor" in args.only:
             known = report.known[f"attention {best}"]
             report.part("floor", lambda: floor(args, model, top, known), needs=30)
-    if "steps" not in parts:
+    if "steps" not in args.only:
         return
     model = dataclasses.replace(model, place=attention.Placement(best))
     params = jax.jit(model.init)(jax.random.key(0))

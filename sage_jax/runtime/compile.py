@@ -37,6 +37,7 @@ from sage_jax.models import (
 from sage_jax.runtime import (
     ahead,
     compile_report,
+    compile_tables,
     counters,
     fit,
     forward,
@@ -440,5 +441,5 @@ def run_mode(
         if search:
             found = _with_largest(found, run, mesh, machine, pairs)
         reports.append(dataclasses.replace(found, changes=compile_report.changes(found, run, mesh)))
-    compile_report.show(run, machine, mesh, reports, pairs.said, as_json=as_json)
+    compile_tables.show(run, machine, mesh, reports, pairs.said, as_json=as_json)
     return 0 if all(r.fits for r in reports) else 3

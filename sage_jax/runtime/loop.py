@@ -33,6 +33,7 @@ from sage_jax.runtime import (
     programs,
     resample,
     rounds,
+    saved,
     setup,
     state,
     suspicion,
@@ -232,26 +233,11 @@ class Trainer:
         if checkpoints.latest() == self.counters.step:
             return
         self.counters.seconds = self.earlier + time.perf_counter() - self.began
-        arrays = {f"memory.{k}": v for k, v in self.memory._asdict().items()}
-        if self.round is not None:
-            arrays |= {
-                f"round.{k}": np.asarray(v)
-                for k, v in self.round._asdict().items()
-                if k not in ("number", "rule")
-            }
-            arrays |= {f"rule.{k}": v for k, v in self.round.rule.items()}
-        meta = {
-            "config": config.as_dict(self.run),
-            "content": self._content(),
-            "counters": dataclasses.asdict(self.counters),
-            "round": self.round.number if self.round else -1,
-            "round_metrics": self.round_metrics,
-            "guard": self.guard._asdict(),
-            "resampled": [entry._asdict() for entry in self.resampled],
-        }
-        if self.resampled:
-            arrays["data.reference"] = self.reference
-        checkpoints.save(self.counters.step, self.state, arrays, meta)
+        kept = saved.Saved(
+            self.memory, self.round, self.round_metrics, self.counters, self.guard, self.resampled,
+            self.reference if self.resampled else None, self._content(),
+        )  # fmt: skip
+        checkpoints.save(self.counters.step, self.state, *saved.pack(kept, self.run))
 
     def _content(self) -> dict[str, str]:
         """What has to be the same when a run goes on, besides its settings."""
@@ -260,32 +246,18 @@ class Trainer:
 
     def _restore(self, checkpoints: checkpoint.Checkpoints, at: int) -> None:
         self.state, arrays, meta = checkpoints.restore(at, self.state)
-        refuse_changes(meta["config"], config.as_dict(self.run), self.workdir)
-        for what, digest in self._content().items():
-            if meta["content"][what] != digest:
-                raise ValueError(
-                    f"{self.workdir} holds a run of other content: config.{what} has the same name "
-                    f"as when it started, but not the same content. Use another --workdir."
-                )
-        parts: dict[str, dict[str, Any]] = {
-            "memory": {}, "round": {}, "rule": {}, "data": {}
-        }  # fmt: skip
-        for name, value in arrays.items():
-            kind, _, field = name.partition(".")
-            parts[kind][field] = value
-        self.resampled = [resample.Entry(**entry) for entry in meta["resampled"]]
+        saved.refuse_changes(meta["config"], config.as_dict(self.run), self.workdir)
+        kept = saved.unpack(arrays, meta)
+        saved.refuse_content(kept.content, self._content(), self.workdir)
+        self.resampled = list(kept.resampled)
         if self.resampled:
-            assert self.resampler is not None
+            assert self.resampler is not None and kept.reference is not None
             pairs = self.resampler.replay(self.run, self.workdir, self.pairs, self.resampled)
-            self._hold(pairs, parts["data"]["reference"])
-        self.memory = curriculum.Memory(**parts["memory"])
-        if meta["round"] >= 0:
-            self.round = rounds.Round(number=meta["round"], rule=parts["rule"], **parts["round"])
-        self.counters = counters.Counters(**meta["counters"])
+            self._hold(pairs, kept.reference)
+        self.memory, self.round, self.round_metrics = kept.memory, kept.round, kept.round_metrics
+        self.counters, self.guard = kept.counters, kept.guard
         self.counters.add_reference(self.spent)
-        self.guard = displacement.restore(meta["guard"])
         self.earlier = self.counters.seconds
-        self.round_metrics = meta["round_metrics"]
 
     # -- rows ------------------------------------------------------------------------------------
 
@@ -479,19 +451,3 @@ class Trainer:
 
     def _notes(self) -> str:
         return ", ".join(f"{name} {value}" for name, value in self.note.items())
-
-
-def refuse_changes(old: dict[str, Any], new: dict[str, Any], workdir: pathlib.Path) -> None:
-    """Raises when a workdir holds a run of another objective; names the keys."""
-    if old.get("mode") != new.get("mode"):
-        raise ValueError(
-            f"{workdir} holds a run of the mode {old.get('mode')!r}, not {new.get('mode')!r}. Use "
-            f"another --workdir."
-        )
-    changed = config.changed_keys(old, new)
-    if changed:
-        what = ", ".join(f"config.{k} was {a!r}, now {b!r}" for k, (a, b) in changed.items())
-        raise ValueError(
-            f"{workdir} holds a run with other settings: {what}. Use another --workdir, or the "
-            f"settings that it was started with."
-        )

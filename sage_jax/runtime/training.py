@@ -26,6 +26,7 @@ from sage_jax.runtime import (
     resample,
     resample_plan,
     rounds,
+    saved,
     setup,
     sharing,
     summary,
@@ -55,7 +56,7 @@ def _check_workdir(run: config.Run, workdir: pathlib.Path, mode: str) -> None:
         # A training that ended before its first row has nothing to lose: its settings and its mode
         # may be corrected.
         if before["mode"] not in MODES or writers.read_rows(workdir / "metrics.jsonl"):
-            loop.refuse_changes(before, now, workdir)
+            saved.refuse_changes(before, now, workdir)
     elif workdir.exists() and any(workdir.iterdir()):
         raise ValueError(
             f"--workdir={workdir} is not empty and holds no run of sage_jax. Name a new directory."

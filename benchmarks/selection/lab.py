@@ -112,15 +112,21 @@ def make_world(scratch: pathlib.Path, task: str, seed: int, model: str = "") -> 
     changes, where = _base(task, model), world_path(scratch, task, seed, model)
     if (where / "pairs.jsonl").exists():
         return where
-    shutil.rmtree(where, ignore_errors=True)
+    partial = where.with_name(f"{where.name}.{os.getpid()}")  # another process may make it, too
+    shutil.rmtree(partial, ignore_errors=True)
     named = {f"{k}.problems": f"task:{task}" for k in ("eval", "sample")}
     settings = changes | named | {"data.train": f"task:{task}", "seed": seed}
     with _quiet():
-        modes.sft(load("quickstart_base", settings), where / "base")
-        settings["model.path"] = str(where / "base" / "export")
-        modes.sample(load("quickstart_base", settings), where / "sampled")
-    shutil.copy(where / "sampled" / "pairs.jsonl", where / "pairs.partial")
-    (where / "pairs.partial").replace(where / "pairs.jsonl")
+        modes.sft(load("quickstart_base", settings), partial / "base")
+        settings["model.path"] = str(partial / "base" / "export")
+        modes.sample(load("quickstart_base", settings), partial / "sampled")
+    shutil.copy(partial / "sampled" / "pairs.jsonl", partial / "pairs.jsonl")
+    try:
+        partial.rename(where)
+    except OSError:
+        if not (where / "pairs.jsonl").exists():
+            raise
+        shutil.rmtree(partial)  # the other one was first
     return where
 
 

@@ -2,6 +2,7 @@
 
     python benchmarks/selection/small.py --choose       # learning rates, on the eval split
     python benchmarks/selection/small.py                # then once on the test split, fresh seeds
+    python benchmarks/selection/small.py --methods=all --conditions=all          # all there is
 
 Every method starts from the same decoder and pairs, takes the same number of optimizer steps and
 has the same grid of learning rates. `--choose` finds the rate of each (task, method) by its mean
@@ -25,6 +26,7 @@ METHODS: dict[str, dict[str, Any]] = {  # on top of lab.RUN; `sage` is the defau
     "sage": {},
     "sage even": {"selection.soft": 0.0},  # the same without weights inside the steps
     "sage soft": {"selection.soft": 0.5},  # with them whatever the labels look like
+    "sage unguarded": {"selection.guard": "off"},  # whatever labels look flipped
     "sage likelihood": {"selection.margin": "likelihood"},  # also of a policy that knows little
     "random": {"selection.name": "random", "curriculum.sharpness": 0.0},
     "static": {"selection.name": "uniform"},  # on the third that SAGE selects before training
@@ -40,7 +42,10 @@ RATES = (4e-5, 8e-5, 1.6e-4)
 # Policies that know little: supervised for a third, and two fifths, of the steps.
 WEAK = {"arithmetic": {"train.steps": 260}, "equations": {"train.steps": 500},
         "mixed:TASK": {"train.steps": 800}}  # fmt: skip
-OWN, UNGUARDED = ", own rate", ", no guard"
+OWN = ", own rate"
+# What is compared unless told otherwise; besides these, all of METHODS, and "weak policy".
+COMPARED = ("uniform", "sage")
+CONDITIONS = ("on-policy", "exact chosen", "10% flipped", "20% flipped")
 RATES_FILE = lab.RESULTS / "small_rates.json"
 
 
@@ -48,9 +53,9 @@ def jobs_of(args, seeds: list[int], rates: dict[str, dict[str, float]]) -> dict[
     """(condition, task, method, seed) -> job."""
     found = {}
     for task in args.task.split(","):
-        methods_of = conditions(args.methods.split(","), rates[task], WEAK.get(task))
+        methods_of = conditions(args.methods, rates[task], WEAK.get(task))
         for condition, methods in methods_of.items():
-            if args.conditions and condition not in args.conditions.split(","):
+            if condition not in args.conditions:
                 continue
             for name, (settings, more) in methods.items():
                 own = rates[task][name.removesuffix(OWN)] if name.endswith(OWN) else None
@@ -74,11 +79,8 @@ def conditions(
     if weak:
         found["weak policy"] = {n: (s, {"model": json.dumps(weak)}) for n, (s, _) in weakly.items()}
     for flips in (0.1, 0.2):
-        noisy = {name: (settings, {"flips": flips}) for name, (settings, _) in few.items()}
-        if "sage" in few:
-            off = METHODS["sage"] | {"selection.guard": "off"}
-            noisy["sage" + UNGUARDED] = (off, {"flips": flips})
-        found[f"{flips:.0%} flipped"] = noisy
+        guards = few | {name: plain[name] for name in ("sage unguarded",) if name in plain}
+        found[f"{flips:.0%} flipped"] = {n: (s, {"flips": flips}) for n, (s, _) in guards.items()}
     return found
 
 
@@ -93,7 +95,7 @@ def choose(args) -> None:
             **PAIRS.get(name, {}),
         )
         for task in args.task.split(",")
-        for name in args.methods.split(",")
+        for name in args.methods
         for lr in RATES
         for seed in lab.numbers(args.seeds)
     }
@@ -101,7 +103,7 @@ def choose(args) -> None:
     rates: dict[str, dict[str, float]] = {}
     grid: dict[str, dict[str, dict[str, Any]]] = {}
     for task in args.task.split(","):
-        for name in args.methods.split(","):
+        for name in args.methods:
             mean = {}
             for lr in RATES:
                 each = [done[jobs[task, name, lr, seed]]["curve"] for seed in
@@ -160,14 +162,18 @@ def table(found: dict[tuple, lab.Job], done: dict[lab.Job, dict], task: str) -> 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = lab.arguments(__doc__.split("\n")[0], "small.json")
-    parser.add_argument("--methods", default=",".join(METHODS))
-    parser.add_argument("--conditions", default="", help="of the pairs, by comma; all by default")
+    parser.add_argument("--methods", default=",".join(COMPARED), help="by comma, or all")
+    parser.add_argument("--conditions", default=",".join(CONDITIONS), help="of the pairs, likewise")
     parser.add_argument("--choose", action="store_true", help="learning rates, on validation")
     parser.add_argument("--rates", default=str(RATES_FILE), help="where --choose wrote them")
     args = parser.parse_args(argv)
-    unknown = set(args.methods.split(",")) - set(METHODS)
-    if unknown or "uniform" not in args.methods.split(","):
-        parser.error(f"--methods: uniform, and any of {', '.join(METHODS)}")
+    args.methods = list(METHODS) if args.methods == "all" else args.methods.split(",")
+    if set(args.methods) - set(METHODS) or "uniform" not in args.methods:
+        parser.error(f"--methods: uniform, and any of {', '.join(METHODS)}, or all")
+    every = [*CONDITIONS, "weak policy"]
+    args.conditions = every if args.conditions == "all" else args.conditions.split(",")
+    if set(args.conditions) - set(every):
+        parser.error(f"--conditions: any of {', '.join(every)}, or all")
     if args.choose and args.seeds == parser.get_default("seeds"):
         args.seeds = "100,101"
     return args
@@ -196,7 +202,7 @@ def main() -> None:
         "seeds": seeds, "rates": rates, "methods": METHODS, "summary": values, "curves": by_key,
     }, done)  # fmt: skip
     out = pathlib.Path(args.out)
-    few = ("uniform", "sage", "random", "static", "sage" + UNGUARDED)
+    few = ("uniform", "sage", "random", "static", "sage unguarded")
     for path, wanted in ((out, True), (out.with_stem(out.stem + "_other"), False)):
         panels: dict[str, dict] = {}
         for (condition, task, name, seed), job in jobs.items():

@@ -91,7 +91,13 @@ def shape(
 
 
 def even(
-    lengths_N2: np.ndarray, *, batch_pairs: int, rows: int, sizes: int = 4, unit: int = 1
+    lengths_N2: np.ndarray,
+    *,
+    batch_pairs: int,
+    rows: int,
+    sizes: int = 4,
+    unit: int = 1,
+    price: float = 0.0,
 ) -> RowShape:
     """The shape of so many rows that holds any batch of no more tokens than random ones have.
 
@@ -99,9 +105,10 @@ def even(
       lengths_N2: integers [N, 2], tokens of each sequence; or [N], tokens of each pair in a row.
       batch_pairs: pairs in a batch.
       rows: rows in a batch.
-      sizes: row lengths in use. The last holds any batch that one row of `capacity` tokens holds;
-        with several rows it is seldom needed.
+      sizes: row lengths in use, at most. The last holds any batch that one row of `capacity` tokens
+        holds; with several rows it is seldom needed.
       unit: row lengths are multiples of this.
+      price: tokens that a further row length has to save a batch, for the program that it takes.
 
     Returns:
       The shape; its `slots` hold any batch.
@@ -111,7 +118,7 @@ def even(
     """
     length_N = _each(lengths_N2)
     drawn, longest = _draw(length_N, batch_pairs), int(length_N.max())
-    found = _even(drawn, longest, rows, sizes - (rows > 1), float(length_N.mean()))
+    found = _even(drawn, longest, rows, sizes - (rows > 1), float(length_N.mean()), price)
     # Longest first on the emptiest row: none gets more than the mean and one pair (Graham, 1969).
     surest = -(-capacity(length_N, batch_pairs) // rows) + (longest if rows > 1 else 0)
     levels = [*(found.sizes or (found.row_length,)), round_up(surest, grain(surest))]
@@ -133,7 +140,12 @@ def _draw(length_N: np.ndarray, batch_pairs: int) -> list[np.ndarray]:
 
 
 def _even(
-    drawn: Sequence[np.ndarray], longest: int, rows: int, sizes: int, mean: float
+    drawn: Sequence[np.ndarray],
+    longest: int,
+    rows: int,
+    sizes: int,
+    mean: float,
+    price: float = 0.0,
 ) -> RowShape:
     """As few rows as there may be, and the row lengths that waste least on these batches."""
     loads, slots = [], 1
@@ -143,7 +155,7 @@ def _even(
         np.add.at(load, [row for row, _ in placed], lengths)
         loads.append(round_up(int(load.max()), grain(int(load.max()))))
         slots = max(slots, max(slot for _, slot in placed) + 1)
-    chosen = _levels(np.maximum(loads, round_up(longest, grain(longest))), sizes)
+    chosen = _levels(np.maximum(loads, round_up(longest, grain(longest))), sizes, price / rows)
     slots = max(slots, -(-int(1.5 * chosen[-1]) // max(int(mean), 1)))
     return RowShape(chosen[-1], rows, slots, chosen if len(chosen) > 1 else ())
 
@@ -153,11 +165,13 @@ def grain(length: int) -> int:
     return 8 if length <= 256 else 64 if length <= 1024 else 128
 
 
-def _levels(loads: np.ndarray, count: int) -> tuple[int, ...]:
-    """The `count` lengths, the largest load among them, that hold loads with the least room left.
+def _levels(loads: np.ndarray, count: int, price: float = 0.0) -> tuple[int, ...]:
+    """The lengths, the largest load among them, that hold loads with the least room left.
 
-    >>> _levels(np.array([1, 1, 9, 10]), 2)
-    (1, 10)
+    There are at most `count`, and each but the first saves more than `price` a load.
+
+    >>> _levels(np.array([1, 1, 9, 10]), 3), _levels(np.array([1, 1, 9, 10]), 3, price=0.5)
+    ((1, 9, 10), (1, 10))
     """
     value, times = np.unique(loads, return_counts=True)
     below = np.concatenate([[0], np.cumsum(times)])
@@ -172,6 +186,8 @@ def _levels(loads: np.ndarray, count: int) -> tuple[int, ...]:
             j = int(cost.argmin())
             if cost[j] < new[i]:
                 new[i], new_path[i] = cost[j], (*path[j], int(value[i - 1]))
+        if best[n] - new[n] <= price * len(loads):
+            break
         best, path = new, new_path
     return path[n]
 

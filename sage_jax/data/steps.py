@@ -16,7 +16,7 @@ import numpy as np
 from sage_jax.data import encode, groups, pack
 
 FACTORS = (1, 2, 3)  # row lengths to choose from, in longest pairs, where short rows are cheaper
-SIZES = 4  # row lengths in use, each of them a program to compile
+SIZES = 4  # row lengths in use, at most; each is a program to compile
 MOST_KEYS = 4.0  # for each token of a row: problems of long prompts and short answers need many
 DRAWS = 20  # batches that say what there is to save in a step
 LOOKED_AT = 2**15  # pairs that say what there is to save in a pass
@@ -55,6 +55,7 @@ def shape(
     unit: int = 1,
     long: bool = False,
     share: bool = False,
+    price: float = 0.0,
 ) -> Shape:
     """The shape of fewest tokens on a mesh.
 
@@ -67,6 +68,7 @@ def shape(
       unit: the length of rows is a multiple of this.
       long: as few rows as there may be, for attention whose costs do not grow with the row.
       share: the lengths are of rows with shared prompts.
+      price: tokens that a further row length has to save a step, for the program that it takes.
 
     >>> one = shape(np.full((9, 2), 20), batch_pairs=3)
     >>> one[:3], shape(np.full((9, 2), 20), batch_pairs=3, rows_multiple=2)[:3]
@@ -87,7 +89,9 @@ def shape(
         needed = [-(-most // (factor * longest)) for factor in FACTORS]
         counts |= {-(-rows // rows_multiple) * rows_multiple for rows in needed}
     tried = [
-        pack.even(lengths_N2, batch_pairs=batch_pairs, rows=rows, sizes=SIZES, unit=unit)
+        pack.even(
+            lengths_N2, batch_pairs=batch_pairs, rows=rows, sizes=SIZES, unit=unit, price=price
+        )
         for rows in sorted(counts)
     ]
     # Where rows are not long, the least that is not much more than another, in shorter rows.

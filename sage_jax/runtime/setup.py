@@ -318,7 +318,12 @@ def find(source: str) -> str:
 
 
 def row_shape(
-    run: config.Run, lengths_N: np.ndarray, mesh: jax.sharding.Mesh, *, share: bool = False
+    run: config.Run,
+    lengths_N: np.ndarray,
+    mesh: jax.sharding.Mesh,
+    *,
+    share: bool = False,
+    price: float = 0.0,
 ) -> steps.Shape:
     """The static shape of a run's rows, a multiple of what the mesh and accumulation divide by.
 
@@ -327,6 +332,7 @@ def row_shape(
         lengths_N: tokens of each pair in a row, or [N, 2], of both its sequences.
         mesh: the devices.
         share: the lengths are of rows with shared prompts.
+        price: tokens that a further row length has to save a step; 0: all of `steps.SIZES` do.
     """
     kernel = attention.Placement(run.model.attention, mesh).chosen(2**20)
     return steps.shape(
@@ -338,6 +344,7 @@ def row_shape(
         # What these kernels cost does not grow with the row.
         long=kernel in ("blocks", "triton", "tokamax") and run.mesh.context == 1,
         share=share,
+        price=price,
     )
 
 

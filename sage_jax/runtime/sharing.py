@@ -1,4 +1,5 @@
-"""Which prompts are computed once, by data.share_prompts: the one place that decides."""
+"""The rows of a run: which prompts are computed once, by data.share_prompts, and how many lengths
+there are; the one place that decides."""
 
 from __future__ import annotations
 
@@ -8,8 +9,11 @@ import numpy as np
 from sage_jax import config
 from sage_jax.data import encode, steps
 from sage_jax.models import attention, attention_tpu, decoder
-from sage_jax.runtime import setup
+from sage_jax.runtime import chips, counters, setup
 
+# What a row length has to win is the time in which its program compiles: a guess, as are FLOP/s.
+COMPILES = 8.0  # seconds; 6 a program for the quickstart's decoder and 10 for SmolLM2 on two cores
+CPU_FLOPS, UTILISATION = 1e11, 0.4  # of a CPU, whatever devices it plays; of an accelerator's peak
 LEAST_SHARED = 0.02  # of the tokens that sharing prompts has to save, else it is not done
 
 
@@ -40,8 +44,24 @@ def shapes(
         share = shares_prompts(run, model, pairs)
     if lengths_N is None:
         lengths_N = pairs.row_lengths(share)
-    shape = setup.row_shape(run, lengths_N, mesh, share=share)
+    price = program_tokens(run, model, mesh, pairs)
+    shape = setup.row_shape(run, lengths_N, mesh, share=share, price=price)
     return problem_shapes(run, model, pairs, shape)
+
+
+def program_tokens(
+    run: config.Run, model: decoder.Model, mesh: jax.sharding.Mesh, pairs: encode.EncodedPairs
+) -> float:
+    """Tokens a step that a program saves if it saves the time in which it compiles.
+
+    Many in a short run of a small model, where compilation takes longer than the steps; next to
+    none where training takes hours.
+    """
+    peak = chips.PEAK_FLOPS.get(mesh.devices.flat[0].device_kind)
+    speed = CPU_FLOPS if peak is None else UTILISATION * peak * mesh.size
+    of_token = counters.pair_flops(model, pairs).sum() / pairs.lengths_N2.sum()
+    passes = counters.train_passes(run)
+    return COMPILES * speed / (float(of_token) * passes * run.train.steps)
 
 
 def shares_prompts(run: config.Run, model: decoder.Model, pairs: encode.EncodedPairs) -> bool:

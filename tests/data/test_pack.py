@@ -189,6 +189,29 @@ def test_a_few_row_lengths_waste_under_three_percent(rows):
     assert pack.padding_fraction(planned(lengths_N2, order, shape), lengths_N2, shape) < 0.03
 
 
+@pytest.mark.parametrize("rows", [1, 8])
+def test_a_row_length_has_to_save_what_its_program_costs(rows):
+    lengths_N2 = chat_lengths(20_000)
+    plan_of = np.random.default_rng(7).permutation(20_000)
+
+    def tokens(price):  # computed a batch, and the row lengths in use
+        shape = pack.even(lengths_N2, batch_pairs=128, rows=rows, price=price)
+        whole = shape._replace(row_length=max((shape.row_length, *shape.sizes)))
+        plan = planned(lengths_N2, plan_of, whole, 128)
+        used = [pack.row_length(one, lengths_N2, whole) for one in plan]
+        return rows * np.mean(used), len(set(used)), shape
+
+    free, most, all_of = tokens(0.0)
+    dear, one, single = tokens(1e9)
+    assert most == 4 - (rows > 1) and one == 1
+    assert single.row_length == all_of.row_length and single.slots == all_of.slots
+    # Between both: every length but the first is worth the price, one more would not be.
+    price = 0.5 * (dear - free)
+    cost, count, _ = tokens(price)
+    assert count == 2 and cost < dear - 0.8 * price
+    assert free > cost - 1.2 * price
+
+
 def shared_pairs():
     rng = np.random.default_rng(5)
     draw = lambda n: rng.integers(1, 50, n).tolist()  # noqa: E731

@@ -137,3 +137,24 @@ def test_one_place_says_where_problems_are_computed_once(data, tmp_path, monkeyp
         assert decide(run, other) == (shape, shape)
         with pytest.raises(ValueError, match=why):
             decide(asked, other)
+
+
+def test_a_short_run_compiles_for_one_row_length_and_trains_the_same_pairs(
+    data, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("SAGE_JAX_CACHE", str(tmp_path))
+    run, mesh = small_run(data), meshes.make_mesh(devices=jax.devices()[:1])
+    run = config.replace(run, **{"data.share_prompts": "pair"})
+    policy = setup.load_policy(run, mesh)
+    pairs = dataset.load_pairs(run, policy.tokenizer, run.data.train)
+
+    def of_steps(steps_of_run):
+        long = config.replace(run, **{"train.steps": steps_of_run})
+        price = sharing.program_tokens(long, policy.model, mesh, pairs)
+        return price, sharing.shapes(long, policy.model, mesh, pairs)[0]
+
+    dear, short = of_steps(4)
+    cheap, long = of_steps(400_000)
+    assert dear == pytest.approx(1e5 * cheap)
+    assert short.sizes == (short.row_length,) and 1 < len(long.sizes) <= 4
+    assert short.every == long.every and short.row_length == long.row_length

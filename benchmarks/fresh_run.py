@@ -9,6 +9,7 @@ Reference log-probs and encoded data are computed anew: the run gets a cache of 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import pathlib
@@ -29,6 +30,8 @@ def main() -> None:
     parser.add_argument("--no-install", action="store_true", help="use the python that runs this")
     parser.add_argument("--out", default="")
     args, overrides = parser.parse_known_args()
+    if importlib.util.find_spec("jax") is None:  # the machine is described by it, after the run
+        parser.error(f"{sys.executable} has no jax. Use a Python in which sage_jax is installed.")
     result: dict[str, object] = {"question": __doc__.split("\n")[0]}
     with tempfile.TemporaryDirectory() as scratch:
         python, workdir = sys.executable, pathlib.Path(scratch) / "run"

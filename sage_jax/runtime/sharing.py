@@ -13,7 +13,9 @@ from sage_jax.runtime import chips, counters, setup
 
 # What a row length has to win is the time in which its program compiles: a guess, as are FLOP/s.
 COMPILES = 8.0  # seconds; 6 a program for the quickstart's decoder and 10 for SmolLM2 on two cores
-CPU_FLOPS, UTILISATION = 1e11, 0.4  # of a CPU, whatever devices it plays; of an accelerator's peak
+# FLOP/s of a CPU, whatever devices it plays, and of an accelerator that no data sheet here knows,
+# which so keeps more lengths than it needs; and the share of the peak that a known one reaches.
+CPU_FLOPS, UTILISATION = 1e11, 0.4
 LEAST_SHARED = 0.02  # of the tokens that sharing prompts has to save, else it is not done
 
 

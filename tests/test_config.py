@@ -34,13 +34,13 @@ def test_defaults_resolve_to_the_declared_run_but_for_what_follows_the_selection
 @pytest.mark.parametrize(
     ("changes", "found"),
     [
-        ({}, [1.0, "auto", 16 * 128, 0.1875]),
-        ({"train.batch_pairs": 8}, [1.0, "auto", 16 * 8, 0.1875]),
-        ({"selection.name": "gradient"}, [1.0, "auto", 16 * 128, 0.1875]),
+        ({}, [1.0, "auto", 16 * 128, 0.125]),
+        ({"train.batch_pairs": 8}, [1.0, "auto", 16 * 8, 0.125]),
+        ({"selection.name": "gradient"}, [1.0, "auto", 16 * 128, 0.125]),
         # Rules that read no scores gain nothing from short rounds; plain DPO knows no curriculum.
         ({"selection.name": "uniform"}, [0.0, "off", 0, 0.0]),
         ({"selection.name": "random"}, [1.0, "auto", 0, 0.0]),
-        ({"selection.name": "max_curvature"}, [1.0, "auto", 16 * 128, 0.1875]),
+        ({"selection.name": "max_curvature"}, [1.0, "auto", 16 * 128, 0.125]),
         ({"selection.name": "easy_half"}, [1.0, "auto", 0, 0.0]),
     ],
 )

@@ -51,7 +51,7 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
         for k, u in ((0.33, 0.0), (0.5, 0.0), (0.5, 0.5), (0.75, 0.5), (0.75, 0.0))
     },
     "pool": {f"pool {p}": {"curriculum.pool_size": p} for p in (128, 512, 2048)},
-    "refresh": {f"refresh {r}": {"selection.refresh": r} for r in (0.0, 0.25, 1.0)},
+    "refresh": {f"refresh {r:g}": {"selection.refresh": r} for r in (0.0, 3 / 16, 0.25, 1.0)},
     "soft weights": {
         "by the labels": {}, "off": {"selection.soft": 0.0},
         **{f"exponent {x:g}": {"selection.soft": x} for x in (0.5, 1.0)},

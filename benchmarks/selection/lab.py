@@ -43,7 +43,7 @@ BASE: dict[str, Any] = {
 }  # fmt: skip
 # A training run, on top of configs/quickstart.py.
 RUN: dict[str, Any] = {
-    "compare.uniform": False, "checkpoint.every": 100_000, "data.packing": False,
+    "compare.uniform": False, "checkpoint.every": 100_000,
     "eval.kl_prompts": 0,
     "eval.count": 400, "eval.every": 20, "eval.batch": 200,
 }  # fmt: skip

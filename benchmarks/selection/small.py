@@ -2,13 +2,14 @@
 
     python benchmarks/selection/small.py --choose       # learning rates, on the eval split
     python benchmarks/selection/small.py                # then once on the test split, fresh seeds
-    python benchmarks/selection/small.py --methods=all --conditions=all          # all there is
+    python benchmarks/selection/small.py --methods=all --conditions=all --own-rates  # all there is
 
 Every method starts from the same decoder and pairs, takes the same number of optimizer steps and
 has the same grid of learning rates. `--choose` finds the rate of each (task, method) by its mean
 accuracy over steps on validation seeds and problems, without label noise, and writes it to
 results/selection/small_rates.json. The main command trains every method at the rate that is best
-for uniform, and besides at its own where that is another. Differences are paired by seed.
+for uniform; with `--own-rates` besides at its own where that is another. Differences are paired by
+seed.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def jobs_of(args, seeds: list[int], rates: dict[str, dict[str, float]]) -> dict[
     """(condition, task, method, seed) -> job."""
     found = {}
     for task in args.task.split(","):
-        methods_of = conditions(args.methods, rates[task], WEAK.get(task))
+        own_rates = rates[task] if args.own_rates else {}
+        methods_of = conditions(args.methods, own_rates, WEAK.get(task))
         for condition, methods in methods_of.items():
             if condition not in args.conditions:
                 continue
@@ -69,11 +71,15 @@ def jobs_of(args, seeds: list[int], rates: dict[str, dict[str, float]]) -> dict[
 def conditions(
     methods: list[str], rates: dict[str, float], weak: dict[str, Any] | None = None
 ) -> dict[str, dict[str, tuple[dict, dict]]]:
-    """What is compared under which kind of pairs: settings, and what else makes the job."""
+    """What is compared under which kind of pairs: settings, and what else makes the job.
+
+    A method whose best rate, by `rates`, is not uniform's is there at that rate, too.
+    """
     plain = {name: (METHODS[name], PAIRS.get(name, {})) for name in methods}
     few = {name: plain[name] for name in ("uniform", "sage") if name in plain}
     weakly = few | {name: plain[name] for name in ("sage likelihood", "random") if name in plain}
-    own = {n + OWN: plain[n] for n in methods if rates.get(n, rates["uniform"]) != rates["uniform"]}
+    best = rates.get("uniform")
+    own = {n + OWN: plain[n] for n in methods if rates.get(n, best) != best}
     found = {"on-policy": plain | own}
     found["exact chosen"] = {n: (s, {"chosen": "exact"}) for n, (s, _) in few.items()}
     if weak:
@@ -164,6 +170,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = lab.arguments(__doc__.split("\n")[0], "small.json")
     parser.add_argument("--methods", default=",".join(COMPARED), help="by comma, or all")
     parser.add_argument("--conditions", default=",".join(CONDITIONS), help="of the pairs, likewise")
+    parser.add_argument("--own-rates", action="store_true", help="each method at its best one, too")
     parser.add_argument("--choose", action="store_true", help="learning rates, on validation")
     parser.add_argument("--rates", default=str(RATES_FILE), help="where --choose wrote them")
     args = parser.parse_args(argv)

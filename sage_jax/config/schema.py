@@ -89,7 +89,7 @@ class Selection:
     uniform_share: float = -1.0  # share of the kept pairs drawn uniformly, whatever their score;
     # -1 = 0, but 0.5 for sage and pairs without a pass_rate
     refresh: float = -1.0  # share of the pool that a forward pass scores before each round, the
-    # longest unseen pairs first; 0 = remembered margins alone, 1 = the whole pool afresh; -1 = 3/16
+    # longest unseen pairs first; 0 = remembered margins alone, 1 = the whole pool afresh; -1 = 1/8
     # for a rule that reads scores, 0 for others
     # Of the matmuls of that pass: bfloat16, "" = model.dtype, or int8 for those inside the layers
     scoring_dtype: str = ""  # (weights by column, inputs by token; needs the extra qlora)
@@ -244,7 +244,7 @@ class Run:
 
 # What -1 stands for, with the tables behind it in benchmarks/results/selection.
 POOL_BATCHES = 16  # curriculum.pool_size, for a rule that reads scores
-REFRESH = 3 / 16  # selection.refresh, for such a rule: three of these batches
+REFRESH = 1 / 8  # selection.refresh, for such a rule: two of these batches
 ON_POLICY = {"kappa": 2.0, "keep": 0.33, "uniform_share": 0.0}  # selection.*, with a pass_rate
 OTHERS = {"kappa": 0.0, "keep": 0.75, "uniform_share": 0.5}  # and without
 SOFT = 0.5  # selection.soft=-1 where it acts

@@ -124,7 +124,7 @@ def even(
     levels = [*(found.sizes or (found.row_length,)), round_up(surest, grain(surest))]
     levels = sorted({round_up(length, unit) for length in levels})
     usual = round_up(found.row_length, unit)
-    return RowShape(usual, rows, max(found.slots, batch_pairs), tuple(levels))
+    return RowShape(usual, rows, round_slots(max(found.slots, batch_pairs)), tuple(levels))
 
 
 def capacity(lengths_N2: np.ndarray, batch_pairs: int) -> int:
@@ -210,6 +210,15 @@ def round_up(value: int, multiple: int) -> int:
     16
     """
     return -(-value // multiple) * multiple
+
+
+def round_slots(slots: int) -> int:
+    """Slots of a row, a multiple of 8 where they are many: data sets alike share their programs.
+
+    >>> round_slots(3), round_slots(57)
+    (3, 64)
+    """
+    return slots if slots <= 8 else round_up(slots, 8)
 
 
 def plan(

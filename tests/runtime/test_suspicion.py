@@ -249,7 +249,7 @@ def test_a_guarded_run_goes_on_bit_for_bit(job, tmp_path, monkeypatch, name):
         assert sum(row.get("selection/left_out_as_noise", 0.0) for row in ended.rows) > 0
         assert whole.round.held.weight >= 3  # looks, of which at most two are after step 6
         soft = [row["selection/soft"] for row in ended.rows if "selection/soft" in row]
-        assert len(set(soft[1:])) == len(soft[1:]) > 2  # the first look is after the first round
+        assert len(set(soft[1:])) == len(soft[1:]) > 2  # nothing is held in the first two
     files = sorted(p.name for p in (tmp_path / "whole/selection").iterdir())
     assert "suspects.jsonl" in files
     for file in files:

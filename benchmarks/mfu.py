@@ -155,6 +155,9 @@ def attention_part(args: argparse.Namespace, model: Any, names: list[str], repor
     rows = mine.batches[0]
     dtype = jnp.dtype(args.dtype)
 
+    def place(name: str) -> attention.Placement:
+        return dataclasses.replace(mine.model.place, name=name)
+
     def inputs(length: int):
         keys = jax.random.split(jax.random.key(0), 4)
         shapes = [(1, length, n, spec.head_dim) for n in (spec.heads, *[spec.kv_heads] * 2)]
@@ -174,9 +177,7 @@ def attention_part(args: argparse.Namespace, model: Any, names: list[str], repor
         def run(arrays, slope):
             cast = [x.astype(dtype_ or dtype) for x in arrays]
             out, pull = jax.vjp(
-                lambda *a: attention.attend(
-                    *a, seen, scale=spec.head_dim**-0.5, place=attention.Placement(name)
-                ),
+                lambda *a: attention.attend(*a, seen, scale=spec.head_dim**-0.5, place=place(name)),
                 *cast,
             )
             return out, *pull(slope.astype(out.dtype))
@@ -198,9 +199,7 @@ def attention_part(args: argparse.Namespace, model: Any, names: list[str], repor
         arrays, slope = inputs(length)
         seen = visible(length)
         forward = jax.jit(
-            lambda *a: attention.attend(
-                *a, seen, scale=spec.head_dim**-0.5, place=attention.Placement(name)
-            )
+            lambda *a: attention.attend(*a, seen, scale=spec.head_dim**-0.5, place=place(name))
         )
         return {
             "error": error,

@@ -45,7 +45,7 @@ BASE: dict[str, Any] = {
 RUN: dict[str, Any] = {
     "compare.uniform": False, "checkpoint.every": 100_000,
     "eval.kl_prompts": 0,
-    "eval.count": 400, "eval.every": 20, "eval.batch": 200,
+    "eval.count": 400, "eval.every": 20, "eval.batch": 100,
 }  # fmt: skip
 
 

@@ -102,7 +102,7 @@ def sample_pairs(
     )
     if prompting.is_chat(tokenizer):
         records = [_conversational(record) for record in records]
-    prompt_P = [len(prompting.encode_prompt(tokenizer, prompt)) for prompt in prompts]
+    prompt_P = [len(ids) for ids in prompting.encode_prompts(tokenizer, prompts)]
     return records, tally._replace(**_work(prompt_P, answers))
 
 

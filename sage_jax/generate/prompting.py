@@ -28,22 +28,32 @@ def ask(tokenizer: Any, prompts: Sequence[Prompt]) -> list[Prompt]:
 
 
 def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """Token ids of a prompt: text as the tokenizer encodes it, messages by its chat template.
+    """Token ids of one prompt, see `encode_prompts`."""
+    return encode_prompts(tokenizer, [prompt])[0]
+
+
+def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Token ids of prompts: texts as the tokenizer encodes them, messages by its chat template.
 
     Raises:
-        ValueError: the prompt has no tokens.
+        ValueError: a prompt has no tokens.
     """
-    if isinstance(prompt, str):
-        ids = tokenizer(prompt)["input_ids"]
-    else:
-        ids = tokenizer.apply_chat_template(
-            list(prompt), add_generation_prompt=True, tokenize=True, return_dict=False
-        )
-    if not ids:
-        raise ValueError(
-            f"prompt={prompt!r} has no tokens; a completion needs something to follow."
-        )
-    return list(ids)
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    of_texts = iter(tokenizer(texts)["input_ids"] if texts else ())
+    found = []
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            ids = next(of_texts)
+        else:
+            ids = tokenizer.apply_chat_template(
+                list(prompt), add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        if not ids:
+            raise ValueError(
+                f"prompt={prompt!r} has no tokens; a completion needs something to follow."
+            )
+        found.append(list(ids))
+    return found
 
 
 def end_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:

@@ -298,7 +298,7 @@ def generate(
         raise ValueError(f"samples={samples}, batch={batch}: both must be at least 1.")
     ends = prompting.end_ids(model, tokenizer)
     run = compiled(model, max_new_tokens, ends, float(temperature), float(top_p), rows)
-    ids = [prompting.encode_prompt(tokenizer, prompt) for prompt in prompts]
+    ids = prompting.encode_prompts(tokenizer, prompts)
     total = len(prompts) * samples
     bits = np.asarray(jax.random.key_data(_sequence_keys(seed, len(prompts), samples)))
     out: list[Completion | None] = [None] * total

@@ -26,7 +26,8 @@ import jax.numpy as jnp
 KERNELS = ("auto", "dense", "blocks", "triton", "tokamax", "splash")
 DENSE_UP_TO = 128  # tokens in a row; beyond that blocks are as fast on a CPU, and soon many times
 STREAMS = 2  # on a CPU, of whose cores a loop over small products occupies one
-BLOCK = 64  # queries and keys of a block, the best of 64 to 512 for heads of 24 and 64 channels
+# Queries and keys of a block: the best of 64 to 512, and what is better where sequences are short.
+BLOCK, SHORT_BLOCK = 64, 32
 
 
 class Visible(NamedTuple):
@@ -54,6 +55,7 @@ class Placement:
       heads: axes of the mesh that split the heads, where these divide; else they are replicated.
       context: axes of the mesh that split the tokens of a row, likewise.
       interpret: runs a TPU's or GPU's kernel step by step on any device, for tests.
+      block: queries and keys of a block of "blocks"; `block_for` knows the better one of two.
     """
 
     name: str = "auto"
@@ -62,6 +64,7 @@ class Placement:
     heads: tuple[str, ...] = ()
     context: tuple[str, ...] = ()
     interpret: bool = False
+    block: int = BLOCK
 
     def __post_init__(self) -> None:
         if self.name not in KERNELS:
@@ -106,6 +109,21 @@ class Placement:
 
 
 AUTO = Placement()
+
+
+def block_for(width: int, tokens: float) -> int:
+    """Queries and keys of a block on a CPU; benchmarks/attention_block.py measures both.
+
+    Small blocks compute fewer keys that no query sees, and take more passes of a loop.
+
+    Args:
+      width: channels of a head.
+      tokens: of a sequence, in the mean.
+
+    >>> block_for(64, 170), block_for(64, 1000), block_for(16, 170)
+    (32, 64, 64)
+    """
+    return SHORT_BLOCK if tokens <= 3 * width else BLOCK
 
 
 def causal(segment_RT: jax.Array, position_RT: jax.Array) -> Visible:
@@ -196,7 +214,7 @@ def attend(
     given = (q_RTHE, key_RTGE, value_RTGE, visible, position_RC)
     options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
     if name in _PARTS:
-        part = functools.partial(_PARTS[name], **options, platform=place.platform)
+        part = functools.partial(_PARTS[name], **options, place=place)
         spread = place.size(place.context) > 1 or name == "blocks"
         if place.mesh is None or place.mesh.size == 1 or not spread:
             return part(*given)
@@ -230,7 +248,7 @@ def _dense(
     scale: float,
     window: int,
     softcap: float,
-    platform: str,
+    place: Placement,
 ) -> jax.Array:
     """With all logits at once.
 
@@ -264,14 +282,14 @@ def _in_blocks(
     scale: float,
     window: int,
     softcap: float,
-    platform: str,
+    place: Placement,
 ) -> jax.Array:
     """The rows of a device as one long row: then a block of queries skips what it alone does not
     see, where side by side the rows would share their loop's length."""
     from sage_jax.models import attention_blocks
 
     rows, length, heads, width = q_RTHE.shape
-    cpu = platform == "cpu"
+    cpu = place.platform == "cpu"
     offset_R1 = (jnp.arange(rows, dtype=jnp.int32) * key_RTGE.shape[1])[:, None]
     first, last = visible.first_RT + offset_R1, visible.last_RT + offset_R1
 
@@ -284,7 +302,9 @@ def _in_blocks(
         join(value_RTGE),
         Visible(join(first), join(last), join(visible.position_RT)),
         join(key_position_RC),
-        attention_blocks.Settings(scale, window, softcap, BLOCK, BLOCK, cpu, STREAMS if cpu else 1),
+        attention_blocks.Settings(
+            scale, window, softcap, place.block, place.block, cpu, STREAMS if cpu else 1
+        ),
     )
     return out.reshape(rows, length, heads * width)
 

@@ -47,8 +47,8 @@ REMAT: dict[str, Any] = {
 class Cache(NamedTuple):
     """Keys and values of the tokens seen so far, in the compute dtype."""
 
-    key: jax.Array  # [L, B, C, G, E]
-    value: jax.Array  # [L, B, C, G, E]
+    key: jax.Array  # [L, B, G, C, E], as the products of `decode` take them
+    value: jax.Array  # [L, B, G, C, E]
 
 
 class Decoder(nn.Module):
@@ -96,7 +96,7 @@ class Decoder(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
         )(spec, self.dtype, keep, self.constrain, self.place, name="layers")
-        length = tokens_BT.shape[1] if past is None else past[0].shape[2]
+        length = tokens_BT.shape[1] if past is None else past[0].shape[3]  # of [L, B, G, C, E]
         turns = layers.rotation(spec, position_BT, long_BT)
         x_BTD, (own, balance) = stack(x_BTD, layers.kinds(spec, length), past, turns, seen, real_BT)
         if not spec.tied and self.is_initializing():
@@ -292,7 +292,7 @@ class Model:
         keys in the cache cannot be turned again when a sequence grows past it.
         """
         spec = self.spec
-        shape = (spec.layers, batch, length, spec.kv_heads, spec.head_dim)
+        shape = (spec.layers, batch, spec.kv_heads, length, spec.head_dim)
         dtype = DTYPES[self.dtype]
         return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))  # two: they may be donated
 
@@ -319,7 +319,7 @@ class Model:
         Raises:
           ValueError: if the cache has fewer than T slots.
         """
-        length, slots = tokens_BT.shape[1], cache.key.shape[2]
+        length, slots = tokens_BT.shape[1], cache.key.shape[3]
         if length > slots:
             raise ValueError(
                 f"Prompts of {length} tokens do not fit a cache of {slots} slots. "
@@ -403,9 +403,11 @@ def _longest(position_RT: jax.Array, together_RT: jax.Array) -> jax.Array:
 
 
 def _write(cache: Cache, own: layers.KeyValue | None, slot: jax.Array | int) -> Cache:
+    """The cache with the keys and values of new tokens, [L, B, T, G, E], from `slot` on."""
     assert own is not None
-    start = (0, 0, slot, 0, 0)
+    key, value = (x.swapaxes(2, 3) for x in own)
+    start = (0, 0, 0, slot, 0)
     return Cache(
-        jax.lax.dynamic_update_slice(cache.key, own[0], start),
-        jax.lax.dynamic_update_slice(cache.value, own[1], start),
+        jax.lax.dynamic_update_slice(cache.key, key, start),
+        jax.lax.dynamic_update_slice(cache.value, value, start),
     )

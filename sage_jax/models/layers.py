@@ -124,7 +124,7 @@ def attend_cached(
 
     Args:
       q_B1HE: queries, [B, 1, H, E].
-      past: cached keys and values of this layer, [B, C, G, E].
+      past: cached keys and values of this layer, [B, G, C, E].
       own: key and value of the new token, [B, 1, G, E].
       mask_BC: bool, the cache slots that hold visible keys, in the order of their positions,
         without the new token's slot.
@@ -136,7 +136,7 @@ def attend_cached(
       [B, 1, H * E].
     """
     batch, _, heads, width = q_B1HE.shape
-    groups = past[0].shape[2]
+    groups = past[0].shape[1]
     q = q_B1HE.reshape(batch, groups, heads // groups, width) * scale
     if not isinstance(window, int) or window:
         behind_BC = jnp.cumsum(mask_BC[:, ::-1], axis=1)[:, ::-1]  # the last slot is 1 behind
@@ -144,14 +144,15 @@ def attend_cached(
 
     def logits(key: jax.Array) -> jax.Array:
         return head.cap(
-            jnp.einsum("bghe,bcge->bghc", q, key, preferred_element_type=jnp.float32), softcap
+            jnp.einsum("bghe,bgce->bghc", q, key, preferred_element_type=jnp.float32), softcap
         )
 
+    own = (own[0].swapaxes(1, 2), own[1].swapaxes(1, 2))
     old = jnp.where(mask_BC[:, None, None], logits(past[0]), jnp.finfo(jnp.float32).min)
     new = logits(own[0])
     weight = jax.nn.softmax(jnp.concatenate([old, new], axis=-1), axis=-1).astype(q.dtype)
-    out = jnp.einsum("bghc,bcge->bghe", weight[..., :-1], past[1])
-    out += jnp.einsum("bghc,bcge->bghe", weight[..., -1:], own[1])
+    out = jnp.einsum("bghc,bgce->bghe", weight[..., :-1], past[1])
+    out += jnp.einsum("bghc,bgce->bghe", weight[..., -1:], own[1])
     return out.reshape(batch, 1, heads * width)
 
 
@@ -293,7 +294,7 @@ class Attention(nn.Module):
                 return branches[0](q_BTHE, *own, seen)
             return jax.lax.switch(kind.window, branches, q_BTHE, *own, seen)
         assert past is not None
-        windows = window_choices(spec, past[0].shape[1])
+        windows = window_choices(spec, past[0].shape[2])
         window: jax.Array | int = windows[0]
         if len(windows) > 1:
             window = jnp.array(windows, jnp.int32)[kind.window]

@@ -31,14 +31,14 @@ def plain(value: Any) -> Any:
     >>> plain({"loss": np.float32(0.5), "worst": float("nan"), "share": np.array([1, 2])})
     {'loss': 0.5, 'worst': None, 'share': [1, 2]}
     """
-    if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if hasattr(value, "tolist"):  # numpy and jax, scalars included
@@ -189,8 +189,11 @@ def write_selection(workdir: PathLike, round: int, rows: Iterable[Mapping[str, A
         write_text(selection_path(workdir, round), "".join(map(_line, rows)))
 
 
+_encode = json.JSONEncoder(allow_nan=False, ensure_ascii=False).encode
+
+
 def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(plain(row), allow_nan=False, ensure_ascii=False) + "\n"
+    return _encode(plain(row)) + "\n"
 
 
 def _event_writer(directory: PathLike, after_step: int) -> Any:

@@ -117,13 +117,12 @@ def held_out(run: config.Run, tokenizer: Any, trained: encode.EncodedPairs | Non
             settings.problems, settings.count, split=settings.split, seed=settings.seed,
             verifier=settings.verify, start=turn * settings.count,
         )  # fmt: skip
-        for one, prompt in zip(
-            problems, prompting.ask(tokenizer, [p.prompt for p in problems]), strict=True
-        ):
+        asked = prompting.ask(tokenizer, [p.prompt for p in problems])
+        encoded = prompting.encode_prompts(tokenizer, asked)
+        for one, ids in zip(problems, encoded, strict=True):
             if len(kept) == settings.count:
                 break
-            ids = np.asarray(prompting.encode_prompt(tokenizer, prompt), np.int32)
-            if ids.tobytes() in known:
+            if np.asarray(ids, np.int32).tobytes() in known:
                 seen += 1
             else:
                 kept.append(one)

@@ -18,7 +18,6 @@ import numpy as np
 from sage_jax import config, logprobs
 from sage_jax.data import steps as row_shapes
 from sage_jax.models import (
-    attention,
     attention_tpu,
     catalog,
     decoder,
@@ -135,6 +134,7 @@ def make_step(
     if name == "sample":
         return _sample_step(run, policy, mesh)
     pairs = planned.pairs(run.data.max_length) if pairs is None else pairs
+    policy = setup.fitted(policy, pairs.lengths_N2)
     share = planned.shares(run, policy.model, pairs)
     shape = row_shape(run, mesh, pairs, share)
     rows = ahead.rows_of(shape, shape.row_length, mesh)
@@ -143,7 +143,7 @@ def make_step(
     flops = count * float(flops_N.mean())
     tokens = count * float(pairs.row_lengths(share).mean())
     answers = count * float((pairs.lengths_N2 - pairs.start_N2).sum(axis=1).mean())
-    keys = _keys(run, mesh, pairs, shape, count)
+    keys = _keys(policy.model, mesh, pairs, shape, count)
     trips = _trips(policy, shape, mesh, answers, keys)
     about: dict[str, Any] = {
         "keys": keys,
@@ -204,7 +204,7 @@ def _sample_step(run: config.Run, policy: setup.Policy, mesh: jax.sharding.Mesh)
     )
     lengths = np.full((count, 1), prompt + new)
     beside = device_bytes(state.abstract_state(run, policy.params, mesh))
-    block = _block(run, mesh, prompt)
+    block = _block(policy.model, mesh, prompt)
     # of the last stretch of a prompt, which has the most
     keys = prompt - (prompt // mesh.shape[meshes.CONTEXT] - block) / 2 if block else prompt
     return Lowered(
@@ -213,33 +213,28 @@ def _sample_step(run: config.Run, policy: setup.Policy, mesh: jax.sharding.Mesh)
     )  # fmt: skip
 
 
-def _kernel(run: config.Run, mesh: jax.sharding.Mesh, length: int) -> str:
-    """The back end of attention that a run takes for rows of so many tokens."""
-    return attention.Placement(run.model.attention, mesh).chosen(length)
-
-
-def _block(run: config.Run, mesh: jax.sharding.Mesh, length: int) -> int | None:
-    """Queries and keys of the blocks that the run's attention skips; None: it skips none."""
-    kernel = _kernel(run, mesh, length)
+def _block(model: decoder.Model, mesh: jax.sharding.Mesh, length: int) -> int | None:
+    """Queries and keys of the blocks that the model's attention skips; None: it skips none."""
+    kernel = model.place.chosen(length)
     if kernel == "dense":
         return None
     if kernel == "splash":
         return attention_tpu.block_size(length // mesh.shape[meshes.CONTEXT])
-    return attention.BLOCK
+    return model.place.block
 
 
 def _keys(
-    run: config.Run,
+    model: decoder.Model,
     mesh: jax.sharding.Mesh,
     pairs: planned.Pairs,
     shape: row_shapes.Shape,
     batch_pairs: int,
 ) -> float:
     """Keys that the run's attention computes for a query."""
-    block = _block(run, mesh, shape.row_length)
+    block = _block(model, mesh, shape.row_length)
     if block is None:
         return shape.row_length
-    splash = _kernel(run, mesh, shape.row_length) == "splash"
+    splash = model.place.chosen(shape.row_length) == "splash"
     how: dict[str, Any] = {"passes": attention_tpu.passes} if splash else {}
     parts, stretches = meshes.row_multiple(mesh), mesh.shape[meshes.CONTEXT]
     return planned.keys_computed(
@@ -260,7 +255,7 @@ def _trips(
     tokens = shape.rows * shape.row_length // parts
     all_ = logprobs.head_chunks(tokens, policy.model.spec.vocab, setup.head_memory(mesh).chunk)
     head = math.ceil(all_ * min(answers / parts / tokens, 1.0))
-    blocks = max(keys / attention.BLOCK, 1.0)
+    blocks = max(keys / policy.model.place.block, 1.0)
     return lambda path: blocks if "attention" in path else head
 
 

@@ -103,6 +103,7 @@ def eval(run: config.Run, workdir: pathlib.Path | None) -> int:
     other = passes = None
     if pairs is not None:
         dataset.check_ids(pairs, policy)
+        policy = setup.fitted(policy, pairs.lengths_N2)
         other = setup.load_reference(run, policy, mesh)
         passes = forward.Passes(policy, mesh, *sharing.shapes(run, policy.model, mesh, pairs))
     evaluator = evaluation.Evaluator(run, policy, held, passes, pairs, other)

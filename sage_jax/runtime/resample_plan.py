@@ -76,8 +76,9 @@ def draw(problems: Problems, run: config.Run, tokenizer: Any, number: int) -> li
         size = len(problems.fixed)
         found = [problems.fixed[(first + i) % size] for i in range(min(count, size))]
     usable = []
-    for one, prompt in zip(found, prompting.ask(tokenizer, [p.prompt for p in found]), strict=True):
-        ids = _ids(tokenizer, prompt)
+    asked = prompting.ask(tokenizer, [p.prompt for p in found])
+    for one, encoded in zip(found, prompting.encode_prompts(tokenizer, asked), strict=True):
+        ids = np.asarray(encoded, np.int32).tobytes()
         if ids not in problems.held and len(ids) // 4 < run.data.max_length:
             usable.append(one)
     return usable

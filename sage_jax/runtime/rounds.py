@@ -309,21 +309,19 @@ def select(
 
 def log_rows(round_: Round, drawn: Drawn, origin: list[str]) -> list[dict]:
     """One row a candidate, for `selection/round_*.jsonl`."""
-    rows = []
-    for place, index in enumerate(round_.pool_P):
-        row = {
-            "pair": int(index),
-            "origin": origin[index],
-            "stratum": int(drawn.stratum_P[place]),
-            "selected": bool(drawn.selection.selected_P[place]),
-            "why": str(drawn.selection.reason_P[place]),
-        }
-        if drawn.priority_P is not None:
-            row["priority"] = float(drawn.priority_P[place])
-        if drawn.pairs is not None:
-            row |= {k: float(v[place]) for k, v in drawn.pairs._asdict().items()}
-        rows.append(row)
-    return rows
+    pool = round_.pool_P.tolist()
+    columns = {
+        "pair": pool,
+        "origin": [origin[index] for index in pool],
+        "stratum": drawn.stratum_P.tolist(),
+        "selected": drawn.selection.selected_P.tolist(),
+        "why": drawn.selection.reason_P.tolist(),
+    }
+    if drawn.priority_P is not None:
+        columns["priority"] = np.asarray(drawn.priority_P, float).tolist()
+    if drawn.pairs is not None:
+        columns |= {k: np.asarray(v, float).tolist() for k, v in drawn.pairs._asdict().items()}
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def metrics(round_: Round, drawn: Drawn, run: config.Run) -> dict[str, float]:

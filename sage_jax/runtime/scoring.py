@@ -77,7 +77,7 @@ def score(run: config.Run, workdir: pathlib.Path) -> int:
     run = config.settle_data(run, pairs.columns)
     dataset.check_sides(pairs, "data.train")
     rounds.rule_column(run, pairs)
-    policy = setup.load_policy(run, mesh, tokenizer)
+    policy = setup.fitted(setup.load_policy(run, mesh, tokenizer), pairs.lengths_N2)
     dataset.check_ids(pairs, policy)
     other = setup.load_reference(run, policy, mesh)
     passes = forward.Passes(policy, mesh, *sharing.shapes(run, policy.model, mesh, pairs))

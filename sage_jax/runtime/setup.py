@@ -254,6 +254,20 @@ def on_mesh(run: config.Run, model: decoder.Model, mesh: jax.sharding.Mesh) -> d
     )
 
 
+def fitted(policy: Policy, lengths_N2: np.ndarray) -> Policy:
+    """The policy with attention for sequences of these lengths, int [N, 2]; 0 = there is none.
+
+    That is which blocks a CPU computes; other platforms' kernels have their own.
+    """
+    model = policy.model
+    if model.place.platform != "cpu":
+        return policy
+    tokens = float(lengths_N2[lengths_N2 > 0].mean())
+    block = attention.block_for(model.spec.head_dim, tokens)
+    place = dataclasses.replace(model.place, block=block)
+    return dataclasses.replace(policy, model=dataclasses.replace(model, place=place))
+
+
 def load_reference(run: config.Run, policy: Policy, mesh: jax.sharding.Mesh) -> Policy | None:
     """The model of config.reference.path; None when the reference is the starting policy.
 
@@ -273,7 +287,8 @@ def load_reference(run: config.Run, policy: Policy, mesh: jax.sharding.Mesh) -> 
             f"its vocabulary, and config.model.path has {policy.model.spec.vocab}. A reference "
             f"reads the same tokens: give a model with the same tokenizer."
         )
-    return other
+    model = dataclasses.replace(other.model, place=policy.model.place)
+    return dataclasses.replace(other, model=model)
 
 
 def load_tokenizer(run: config.Run) -> Any:

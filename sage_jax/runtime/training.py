@@ -91,7 +91,7 @@ def _load(run: config.Run, mesh: jax.sharding.Mesh, mode: str) -> _Parts:
     if run.rounds.resample:
         resample_plan.settled(run, pairs)
         asked = resample_plan.load_problems(run, tokenizer, problems, held_out)
-    policy = setup.load_policy(run, mesh, tokenizer)
+    policy = setup.fitted(setup.load_policy(run, mesh, tokenizer), pairs.lengths_N2)
     for data in (pairs, held_out) if held_out is not None else (pairs,):
         dataset.check_ids(data, policy)
     other = setup.load_reference(run, policy, mesh)

@@ -14,6 +14,7 @@ ROWS, LENGTH, HEADS, GROUPS, WIDTH = 2, 200, 4, 2, 24
 LAYOUTS = ("segments", "shared")
 KERNELS = {
     "blocks": attention.Placement("blocks"),
+    "short blocks": attention.Placement("blocks", block=attention.SHORT_BLOCK),
     "triton": attention.Placement("triton", interpret=True),
     "splash": attention.Placement("splash", interpret=True),
 }

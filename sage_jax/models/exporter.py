@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ import numpy as np
 
 import sage_jax
 from sage_jax.models import decoder, hf, hf_config, tensors
+from sage_jax.models import spec as spec_lib
 
 SHARD_BYTES = 5 * 10**9  # transformers' own limit
 _MARK = "exported_by"  # in config.json: tells our exports from directories we must not replace
@@ -103,18 +105,7 @@ def _compare(
     placed = jax.tree.map(lambda leaf: getattr(leaf, "sharding", None), params)
     on_devices = all(x is not None for x in jax.tree.leaves(placed, is_leaf=lambda x: x is None))
     again, read = hf.load(directory, place=(lambda _: placed) if on_devices else None)
-    plain = decoder.Model(model.spec)
-    rounded = decoder.STORED[dtype]
-    tokens = jnp.asarray(np.random.default_rng(0).integers(0, model.spec.vocab, (1, _CHECKED)))
-
-    @jax.jit
-    def difference(params: Any, read: Any) -> jax.Array:
-        if computes is None:
-            # The source as the file can hold it: what rounding to its dtype changes is no mistake.
-            params = jax.tree.map(lambda x: x.astype(rounded).astype(jnp.float32), params)
-        ours, theirs = plain.logits(params, tokens), plain.logits(read, tokens)
-        return jnp.max(jnp.abs(ours - theirs)) / jnp.maximum(jnp.max(jnp.abs(ours)), 1e-6)
-
+    difference = _difference(model.spec, decoder.STORED[dtype] if computes is None else None)
     allowed = 1e-5 if computes is None else _APART[dtype]
     found = float(difference(params if computes is None else computes, read))
     if again.spec != model.spec or not found <= allowed:
@@ -123,6 +114,26 @@ def _compare(
             f"{found:.3g} of their size. Nothing was written; please "
             f"report this with the model's config.json."
         )
+
+
+@functools.lru_cache(maxsize=4)
+def _difference(spec: spec_lib.ModelSpec, rounded: Any) -> Callable[[Any, Any], jax.Array]:
+    """The largest difference of two sets of weights' logits, as a share of the largest logit.
+
+    Of the first as a file of dtype `rounded` can hold it, unless that is None: what rounding
+    changes is no mistake.
+    """
+    plain = decoder.Model(spec)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, spec.vocab, (1, _CHECKED)))
+
+    @jax.jit
+    def difference(params: Any, read: Any) -> jax.Array:
+        if rounded is not None:
+            params = jax.tree.map(lambda x: x.astype(rounded).astype(jnp.float32), params)
+        ours, theirs = plain.logits(params, tokens), plain.logits(read, tokens)
+        return jnp.max(jnp.abs(ours - theirs)) / jnp.maximum(jnp.max(jnp.abs(ours)), 1e-6)
+
+    return difference
 
 
 def _refuse_strangers(target: pathlib.Path) -> None:

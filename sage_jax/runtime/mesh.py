@@ -183,6 +183,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(ROWS))
 
 
+@functools.cache  # one function a mesh: models on it are equal, and share their programs
 def residual(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
     """Says where hidden_RTD lies, once per block; a row that does not divide stays whole."""
 
@@ -194,6 +195,7 @@ def residual(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
     return constrain
 
 
+@functools.cache
 def table(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
     """Brings the embedding [V, D] together over all axes but `tensor`, before tokens are looked up.
 
@@ -209,6 +211,7 @@ def table(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
     return gather
 
 
+@functools.cache
 def together(mesh: Mesh, dtype: Any) -> Callable[[Any], Any]:
     """Brings the weights together over all axes but `tensor`, in the dtype of the matmuls.
 
@@ -334,24 +337,24 @@ def put(batch: Any, mesh: Mesh, rows: int | None = None) -> Any:
     (2, 8)
     """
     sharding = batch_sharding(mesh)
-
-    def one(leaf: Any) -> jax.Array:
-        leaf = np.asarray(leaf)
-        total = len(leaf) if rows is None else rows
-        local = local_rows(mesh, total) if rows is not None else np.arange(total)
-        if len(leaf) != len(local):
+    batch = jax.tree.map(np.asarray, batch)
+    total = len(jax.tree.leaves(batch)[0]) if rows is None else rows
+    local = local_rows(mesh, total)
+    given = local if rows is not None else np.arange(total)
+    for leaf in jax.tree.leaves(batch):
+        if len(leaf) != len(given):
             raise ValueError(
-                f"This process gives {len(leaf)} rows, and its devices hold {len(local)} of the "
+                f"This process gives {len(leaf)} rows, and its devices hold {len(given)} of the "
                 f"batch of {total}. Build the rows of local_rows(mesh, {total})."
             )
 
+    def one(leaf: np.ndarray) -> jax.Array:
         def part(index: tuple[slice, ...] | None) -> np.ndarray:
             assert index is not None
             start, stop, _ = index[0].indices(total)
-            at = int(np.searchsorted(local, start))  # what is one piece of the batch is one here
+            at = int(np.searchsorted(given, start))  # what is one piece of the batch is one here
             return leaf[(slice(at, at + stop - start), *index[1:])]
 
-        local_rows(mesh, total)
         return jax.make_array_from_callback((total, *leaf.shape[1:]), sharding, part)
 
     return jax.tree.map(one, batch)

@@ -6,7 +6,8 @@ shapes are read here.
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,26 @@ from sage_jax import config, losses, selection, step
 from sage_jax.models import lora, quantised
 from sage_jax.runtime import mesh as meshes
 from sage_jax.runtime import setup, state
+
+# Programs of a kind that a process keeps: runs that are alike, one after another, trace and compile
+# them once. All that a program depends on is an argument of what is cached.
+KEPT = 16
+
+
+class _Flat(NamedTuple):
+    """A tree of hashable leaves as something hashable."""
+
+    leaves: tuple[Any, ...]
+    structure: Any
+
+    @property
+    def tree(self) -> Any:
+        return jax.tree.unflatten(self.structure, self.leaves)
+
+
+def _flat(tree: Any) -> _Flat:
+    leaves, structure = jax.tree.flatten(tree)
+    return _Flat(tuple(leaves), structure)
 
 
 def train_step(
@@ -44,25 +65,51 @@ def train_step(
     uses_scores = (
         config.needs_scores(run) or run.curriculum.sharpness > 0 or run.selection.soft != 0
     ) or run.selection.guard != "off"
-    constant = max(run.selection.soft, 0.0)  # -1: each round's, in `step.Now`
-
-    def weigh(pairs, weight, tau=constant):
-        return selection.soft_weights(pairs.score, tau, weight)
-
-    placed = state.state_shardings(run, tx, policy.params, mesh)
-    router_aux = setup.router_aux(run, policy.model)
-    train = step.make_train_step(
-        policy.logps_fn(logit_norm="logit_norm" in run.selection.stability, penalty=router_aux > 0),
-        loss,
+    return _train_step(
+        policy.form,
+        mesh,
+        _flat(state.state_shardings(run, tx, policy.params, mesh)),
         tx,
-        score_fn=score_fn if uses_scores else None,
-        weight_fn=weigh if run.selection.soft else None,
+        loss,
+        score_fn if uses_scores else None,
+        logit_norm="logit_norm" in run.selection.stability,
+        # -1: each round's, in `step.Now`
+        soft=max(run.selection.soft, 0.0) if run.selection.soft else None,
         nll_weight=run.loss.nll_weight,
         token_weighted=run.loss.name == "sft",
         accumulate=run.train.accumulate,
         beta_alpha=state.beta_alpha(run),
-        penalty_weight=router_aux,
+        penalty_weight=setup.router_aux(run, policy.model),
     )
+
+
+@functools.lru_cache(maxsize=KEPT)
+def _train_step(
+    form: setup.Policy,
+    mesh: jax.sharding.Mesh,
+    flat: _Flat,
+    tx: optax.GradientTransformation,
+    loss: losses.Loss,
+    score_fn: step.ScoreFn | None,
+    *,
+    logit_norm: bool,
+    soft: float | None,
+    penalty_weight: float,
+    **settings: Any,
+) -> Any:
+    def weigh(pairs, weight, tau=soft):
+        return selection.soft_weights(pairs.score, tau, weight)
+
+    train = step.make_train_step(
+        form.logps_fn(logit_norm=logit_norm, penalty=penalty_weight > 0),
+        loss,
+        tx,
+        score_fn=score_fn,
+        weight_fn=None if soft is None else weigh,
+        penalty_weight=penalty_weight,
+        **settings,
+    )
+    placed = flat.tree
     return jax.jit(
         train,
         in_shardings=(placed, None, meshes.batch_sharding(mesh), None),
@@ -94,13 +141,25 @@ def stats_step(
         logit_norm, light: see `logprobs.make_logps_fn`.
         dtype: of the matmuls; "" is the model's. Others take weights that `forward.cast` prepared.
     """
-    fn = policy.logps_fn(logit_norm=logit_norm, light=light, dtype=dtype)
     params = policy.params
     if dtype == "int8":
         params = jax.eval_shape(quantised.for_scoring, params)
+    placed = _flat(meshes.shardings(params, mesh))
+    return _stats_step(policy.form, mesh, placed, logit_norm, light, dtype)
+
+
+@functools.lru_cache(maxsize=KEPT)
+def _stats_step(
+    form: setup.Policy,
+    mesh: jax.sharding.Mesh,
+    flat: _Flat,
+    logit_norm: bool,
+    light: bool,
+    dtype: str,
+) -> Any:
     return jax.jit(
-        step.make_stats_step(fn),
-        in_shardings=(meshes.shardings(params, mesh), None, meshes.batch_sharding(mesh)),
+        step.make_stats_step(form.logps_fn(logit_norm=logit_norm, light=light, dtype=dtype)),
+        in_shardings=(flat.tree, None, meshes.batch_sharding(mesh)),
         out_shardings=meshes.replicated(mesh),
     )
 

@@ -6,6 +6,7 @@ checkpoint, so that a resumed run trains the same pairs without scoring anything
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -132,10 +133,13 @@ def remembered_scores(
     return jax.device_get(rescore(reward, likelihood, error))
 
 
+_rescore_fn = functools.lru_cache(maxsize=64)(scores.make_rescore_fn)  # as `setup.make_score_fn`
+
+
 def make_rescore_fn(run: config.Run, loss: losses.Loss) -> Callable[..., scores.PairScores]:
     """`scores.make_rescore_fn` of the settings."""
     chosen = run.selection
-    return scores.make_rescore_fn(
+    return _rescore_fn(
         loss,
         margin=chosen.margin,
         kappa=chosen.kappa,

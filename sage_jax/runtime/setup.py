@@ -56,6 +56,11 @@ class Policy:
         return jax.jit(functools.partial(adapters.merge, lora=self.lora))(self.frozen, params)
 
     @property
+    def form(self) -> Policy:
+        """The same without weights and tokenizer: what a program that takes weights depends on."""
+        return dataclasses.replace(self, params=None, tokenizer=None, fingerprint="", frozen=None)
+
+    @property
     def rows(self) -> jax.sharding.NamedSharding | None:
         """How arrays of sequences are split over the devices."""
         return None if self.mesh is None else meshes.batch_sharding(self.mesh)
@@ -368,7 +373,7 @@ def make_score_fn(run: config.Run, loss: losses.Loss) -> step.ScoreFn:
     chosen = run.selection
     # Variance over rounds is not in a single pass; alone, the tokens' error stands in for it.
     sources = [x for x in scores.stability_sources(chosen.stability) if x != scores.ROUNDS]
-    return scores.make_score_fn(
+    return _score_fn(
         loss,
         margin=chosen.margin,
         kappa=chosen.kappa,
@@ -377,6 +382,15 @@ def make_score_fn(run: config.Run, loss: losses.Loss) -> step.ScoreFn:
         length_normalised=chosen.length_normalised,
         stability="+".join(sources) or "token_error",
     )
+
+
+# The same function for the same settings, so that runs alike share their programs.
+_score_fn = functools.lru_cache(maxsize=64)(scores.make_score_fn)
+
+
+@functools.lru_cache(maxsize=64)
+def _loss(factory: Callable[..., losses.Loss], settings: tuple[tuple[str, float], ...]) -> Any:
+    return factory(**dict(settings))
 
 
 def make_loss(run: config.Run) -> losses.Loss:
@@ -390,4 +404,4 @@ def make_loss(run: config.Run) -> losses.Loss:
         "label_smoothing": run.loss.label_smoothing,
         "gamma": run.loss.gamma,
     }
-    return factory(**{k: v for k, v in settings.items() if k in takes})
+    return _loss(factory, tuple((k, v) for k, v in settings.items() if k in takes))

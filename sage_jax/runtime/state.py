@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -15,7 +16,10 @@ def make_optimizer(run: config.Run):
     """The optimizer and its schedule, with warm-up in steps."""
     settings = dataclasses.asdict(run.optim)
     settings["warmup"] = round(run.optim.warmup * run.train.steps)
-    return optim.make(**settings, steps=run.train.steps)
+    return _optimizer(**settings, steps=run.train.steps)
+
+
+_optimizer = functools.lru_cache(maxsize=64)(optim.make)  # the same functions for the same settings
 
 
 def beta_alpha(run: config.Run) -> float | None:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import re
+import types
 
 import jax
 import jobs
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from sage_jax import config
-from sage_jax.models import attention, spec
+from sage_jax.models import attention, decoder, spec
 from sage_jax.runtime import counters, dataset, forward, loop, setup, sharing
 from sage_jax.runtime import mesh as meshes
 
@@ -158,3 +159,22 @@ def test_a_short_run_compiles_for_one_row_length_and_trains_the_same_pairs(
     assert dear == pytest.approx(1e5 * cheap)
     assert short.sizes == (short.row_length,) and 1 < len(long.sizes) <= 4
     assert short.every == long.every and short.row_length == long.row_length
+
+
+@pytest.mark.parametrize(
+    ("lengths_N2", "block"),
+    [([[40, 56]], attention.SHORT_BLOCK), ([[40, 0]], attention.SHORT_BLOCK),
+     ([[40, 400]], attention.BLOCK)],
+)  # fmt: skip
+def test_attention_is_fitted_to_the_lengths_of_the_data(lengths_N2, block):
+    model = decoder.Model(spec.ModelSpec(50, 32, 48, 1, 2, 2))
+    fitted = setup.fitted(setup.Policy(model, None, None, ""), np.array(lengths_N2))
+    assert fitted.model.place == dataclasses.replace(model.place, block=block)
+    splash = dataclasses.replace(model, place=attention.Placement(mesh=_Tpu()))
+    assert setup.fitted(setup.Policy(splash, None, None, ""), np.array(lengths_N2)).model is splash
+
+
+class _Tpu:
+    """A mesh of TPUs, as far as `Placement.platform` looks at it."""
+
+    devices = np.array([types.SimpleNamespace(platform="tpu")])

@@ -37,11 +37,8 @@ class Ours:
     padding: float = 0.0
 
     def __post_init__(self) -> None:
-        lengths_N2, place = self.pairs.lengths_N2, self.model.place
-        if place.platform == "cpu":
-            block = attention.block_for(self.model.spec.head_dim, float(lengths_N2.mean()))
-            place = dataclasses.replace(place, block=block)
-            self.model = dataclasses.replace(self.model, place=place)
+        place = self.model.place.fitted(self.model.spec.head_dim, self.pairs.lengths_N2)
+        self.model = dataclasses.replace(self.model, place=place)
         lengths_N = self.pairs.row_lengths(self.share)
         order = np.arange(len(self.pairs))
         shape = pack.shape(

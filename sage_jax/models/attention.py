@@ -103,6 +103,15 @@ class Placement:
                 f"mesh.context=1."
             )
 
+    def fitted(self, width: int, lengths: Any) -> Placement:
+        """The same for heads of so many channels and sequences of these lengths; 0 = there is none.
+
+        That is which blocks a CPU computes; other platforms' kernels have their own.
+        """
+        if self.platform != "cpu":
+            return self
+        return dataclasses.replace(self, block=block_for(width, float(lengths[lengths > 0].mean())))
+
     def size(self, axes: tuple[str, ...]) -> int:
         """Devices along some axes of the mesh."""
         return 1 if self.mesh is None else math.prod(self.mesh.shape[axis] for axis in axes)

@@ -260,17 +260,10 @@ def on_mesh(run: config.Run, model: decoder.Model, mesh: jax.sharding.Mesh) -> d
 
 
 def fitted(policy: Policy, lengths_N2: np.ndarray) -> Policy:
-    """The policy with attention for sequences of these lengths, int [N, 2]; 0 = there is none.
-
-    That is which blocks a CPU computes; other platforms' kernels have their own.
-    """
-    model = policy.model
-    if model.place.platform != "cpu":
-        return policy
-    tokens = float(lengths_N2[lengths_N2 > 0].mean())
-    block = attention.block_for(model.spec.head_dim, tokens)
-    place = dataclasses.replace(model.place, block=block)
-    return dataclasses.replace(policy, model=dataclasses.replace(model, place=place))
+    """The policy, with attention for such sequences: see `attention.Placement.fitted`."""
+    place = policy.model.place.fitted(policy.model.spec.head_dim, lengths_N2)
+    model = dataclasses.replace(policy.model, place=place)
+    return dataclasses.replace(policy, model=model)
 
 
 def load_reference(run: config.Run, policy: Policy, mesh: jax.sharding.Mesh) -> Policy | None:
@@ -292,6 +285,7 @@ def load_reference(run: config.Run, policy: Policy, mesh: jax.sharding.Mesh) -> 
             f"its vocabulary, and config.model.path has {policy.model.spec.vocab}. A reference "
             f"reads the same tokens: give a model with the same tokenizer."
         )
+    # Both read the same sequences, see `fitted`.
     model = dataclasses.replace(other.model, place=policy.model.place)
     return dataclasses.replace(other, model=model)
 

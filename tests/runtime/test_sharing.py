@@ -171,7 +171,7 @@ def test_attention_is_fitted_to_the_lengths_of_the_data(lengths_N2, block):
     fitted = setup.fitted(setup.Policy(model, None, None, ""), np.array(lengths_N2))
     assert fitted.model.place == dataclasses.replace(model.place, block=block)
     splash = dataclasses.replace(model, place=attention.Placement(mesh=_Tpu()))
-    assert setup.fitted(setup.Policy(splash, None, None, ""), np.array(lengths_N2)).model is splash
+    assert setup.fitted(setup.Policy(splash, None, None, ""), np.array(lengths_N2)).model == splash
 
 
 class _Tpu:
